@@ -1,0 +1,10 @@
+"""Synchronization primitives that tasks and threads share, with the semantics of `threading`.
+
+The face: nothing but re-exports.
+"""
+
+from ._barrier import Barrier
+from ._errors import BrokenBarrierError
+from ._semaphore import BoundedSemaphore, Semaphore
+
+__all__ = ["Barrier", "BoundedSemaphore", "BrokenBarrierError", "Semaphore"]

@@ -1,0 +1,358 @@
+"""Barrier: parties that wait for one another, a round at a time.
+
+What must live here: the fate of a round, and what a user sees of it. How a party sleeps is
+`_park`'s business.
+
+How it works without a lock
+---------------------------
+A `_Round` collects the parties of one generation. Its fate is decided once, by an atomic
+``dict.setdefault``: by the last party to arrive, or by whoever breaks it. A party first shows
+itself and then looks at the fate; who decides the fate first writes it and then wakes those it
+sees. So a sleeper sees the fate, or is woken. A fate never changes, and the next round is another
+object, so nothing that happens to the one can touch the other.
+"""
+
+from __future__ import annotations
+
+from inspect import isawaitable
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any, Union
+
+from ._errors import BrokenBarrierError, check_count, check_timeout, refuse_pickling
+from ._park import ThreadSleeper, at_most, checkpoint, task_sleeper, wake_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from types import TracebackType
+
+    from ._park import Sleeper
+
+
+class _Broken:
+    """The fate of a round that was broken. Each decision is an object of its own."""
+
+    __slots__ = ("reason",)
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+_Fate = Union[str, _Broken]
+
+# The other fates. FULL is provisional: all have arrived, so nobody is late any more, but the action
+# is still running and may fail.
+_FULL, _TRIPPED = "full", "tripped"
+
+_cancelled = methodcaller("cancelled")
+
+_CANCELLED = "a party was cancelled or interrupted while it waited"
+_GAVE_UP = "a party was cancelled, or ran out of time, as the last one arrived"
+_TIMED_OUT = "a party waited longer than its timeout"
+_ACTION_FAILED = "the action raised an exception"
+_ABORTED = "abort() was called; call reset() to use the barrier again"
+_RESET = "reset() was called"
+
+
+class _Round:
+    """One generation of the barrier."""
+
+    __slots__ = ("bells", "decided", "fate", "next", "places", "sleepers")
+
+    def __init__(self, places: list[int]) -> None:
+        # The indices not yet given out, taken from the right: 0 first, parties - 1 last. To remove
+        # one is to arrive.
+        self.places = places
+        # Who is to be woken once the fate is known, in the order in which they came.
+        self.sleepers: list[Sleeper] = []
+        # The same, one by one: to draw one is to claim the right to wake it.
+        self.bells = iter(self.sleepers)
+        # Written by setdefault only, so each key once:
+        #   "fate": by who came first, the last party (TRIPPED, or FULL if there is an action) or
+        #       somebody who breaks the round
+        #   "verdict": after FULL, how the action ended: TRIPPED, or broken
+        #   "next": the round to join instead, if this one has tripped or was broken and then reset
+        self.decided: dict[str, Any] = {}
+        # TRIPPED or broken; None while it fills and while its action runs. Written before the
+        # sleepers are woken, and never changed. A copy, because all look at it all the time.
+        self.fate: _Fate | None = None
+        # The same of "next".
+        self.next: _Round | None = None
+
+    def break_(self, reason: str, *, although_full: bool) -> bool:
+        """Break the round for all who are in it; False if its fate was decided before.
+
+        :param although_full: whether this may happen while the action runs
+        """
+        broken = _Broken(reason)
+        decided = self.decided.setdefault("fate", broken)
+        if decided is _FULL:
+            if not although_full:
+                return False
+            decided = self.decided.setdefault("verdict", broken)
+        # Also if somebody else decided it and has not come to this yet: it is true from now on.
+        self.fate = decided
+        if decided is broken:
+            wake_all(self.bells)
+        return decided is broken
+
+    def error(self) -> BrokenBarrierError:
+        """Return what to raise for who lost against somebody that broke the round."""
+        fate = self.decided.get("verdict", self.decided["fate"])
+        return BrokenBarrierError(f"the barrier is broken: {fate.reason}")
+
+
+class _Rounds:
+    """All that the parties of one barrier share: the chain of rounds, and the rules."""
+
+    __slots__ = ("_places", "action", "last", "latest")
+
+    def __init__(self, parties: int, action: Callable[[], object] | None) -> None:
+        self.action = action
+        self.last = parties - 1
+        self._places = list(range(self.last, -1, -1))
+        # The current round or one before it, from which `current` finds the way. So it does no
+        # harm if of two threads the slower one assigns the older round.
+        self.latest = _Round(self._places.copy())
+
+    def current(self) -> _Round:
+        """Return the round that newcomers join, or the one that keeps the barrier broken."""
+        round = self.latest
+        while round.fate is _TRIPPED or round.next is not None:
+            round = self.after(round)
+        return round
+
+    def after(self, round: _Round) -> _Round:
+        """Return the round after `round`, which is over."""
+        if round.next is None:
+            # Of several who do this all assign the same one.
+            round.next = round.decided.setdefault("next", _Round(self._places.copy()))
+        return round.next
+
+    def unbroken(self) -> _Round:
+        """Return the round that newcomers join.
+
+        :raises BrokenBarrierError: if the barrier is broken
+        """
+        while True:
+            round = self.current()
+            fate = round.fate
+            if fate is None:
+                return round
+            if fate is not _TRIPPED:
+                raise round.error()
+
+    def fill(self, round: _Round) -> Callable[[], object] | None:
+        """Arrive as the last party: trip the round, or return the action to be run before.
+
+        :raises BrokenBarrierError: if the round was broken before, or has just been abandoned
+        """
+        # Cancelled before we came, although it has not run since: then it was not here with us.
+        if any(map(_cancelled, round.sleepers)):
+            round.break_(_GAVE_UP, although_full=False)
+        if self.action is None:
+            self.trip(round, "fate")
+        elif round.decided.setdefault("fate", _FULL) is not _FULL:
+            raise round.error()
+        return self.action
+
+    def trip(self, round: _Round, key: str) -> None:
+        """Let everybody pass.
+
+        :raises BrokenBarrierError: if the round was broken before
+        """
+        if round.decided.setdefault(key, _TRIPPED) is not _TRIPPED:
+            raise round.error()
+        round.fate = _TRIPPED
+        self.latest = self.after(round)
+        wake_all(round.bells)
+
+    def abort(self) -> None:
+        round = self.current()
+        while not round.break_(_ABORTED, although_full=True):
+            following = self.current()
+            if following is round:
+                return  # it was broken before
+            round = following  # it has just tripped
+
+    def reset(self) -> None:
+        round = self.current()
+        round.break_(_RESET, although_full=True)
+        self.latest = self.after(round)
+
+
+class Barrier:
+    """A point that `parties` tasks or threads reach before any of them goes on; reusable.
+
+    One object serves tasks of any number of asyncio and trio event loops, all in one round. It may
+    be created anywhere: at import time, in a thread, before any event loop runs.
+
+    The semantics are those of `threading.Barrier`, with `wait` to be awaited. A round *trips* when
+    its last party has arrived and the action, if there is one, has returned. Until then it can be
+    broken, for all of its parties alike; a round that has tripped stays so, for all of its parties
+    alike, whatever happens before they get to run.
+
+    ``async with barrier as index:`` waits once, on the way in.
+
+    :param parties: how many there are, 1 or more
+    :param action: called without arguments by the last party to arrive, before any of them goes on.
+        If it returns an awaitable, that is awaited. If it raises, that party gets the exception and
+        the others BrokenBarrierError.
+    :param timeout: the `timeout` of a `wait` that is given none, in seconds; None: no limit
+    :raises TypeError: if `parties` is no int, `action` is not callable or `timeout` is no number
+    :raises ValueError: if `parties` is smaller than 1, or `timeout` is NaN
+    """
+
+    __slots__ = ("__weakref__", "_new_sleeper", "_rounds", "_timeout")
+
+    def __init__(
+        self,
+        parties: int,
+        action: Callable[[], object] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        check_count("parties", parties, 1)
+        if action is not None and not callable(action):
+            raise TypeError(f"action must be callable or None, not {type(action).__name__}")
+        self._timeout = check_timeout(timeout)
+        self._rounds = _Rounds(parties, action)
+        self._new_sleeper: Callable[[], Sleeper] = task_sleeper
+
+    def _for_threads(self) -> Barrier:
+        """Return a barrier with the same state whose `wait` blocks the thread that runs it."""
+        twin = object.__new__(Barrier)
+        twin._timeout = self._timeout
+        twin._rounds = self._rounds
+        twin._new_sleeper = ThreadSleeper
+        return twin
+
+    async def wait(self, timeout: float | None = None) -> int:
+        """Wait until all parties have called this.
+
+        May be called from any task under asyncio or trio. If it is cancelled before the last party
+        has arrived, the barrier is broken for all, and the cancellation is raised here. If it is
+        cancelled later, the cancellation is raised here, and nobody else is concerned.
+
+        The party that arrives last does not yield to the event loop, unless the action does, or
+        there is only one party; the same as `asyncio.Barrier.wait`.
+
+        Arguments, results and exceptions are those of `threading.Barrier.wait`.
+
+        :param timeout: how many seconds to wait for the others to arrive, at most; then the barrier
+            is broken for all. 0 or less: do not wait. None: the barrier's own timeout. While the
+            action runs all have arrived, and nobody runs out of time.
+        :return: the index of the party in its round: 0 for the first to arrive, and so on; each of
+            0 to parties - 1 goes to one party
+        :raises BrokenBarrierError: if the barrier is broken, or is broken or reset while waiting
+        :raises TypeError: if `timeout` is no number
+        :raises ValueError: if `timeout` is NaN
+        :raises anyio.NoEventLoopError: if not run by asyncio or trio; nobody has arrived then
+        """
+        timeout = self._timeout if timeout is None else check_timeout(timeout)
+        rounds = self._rounds
+        while True:
+            round = rounds.latest
+            if round.fate is not None:
+                round = rounds.unbroken()
+            places = round.places
+            # Made before we arrive, since it fails outside of an event loop; the last to arrive
+            # needs none.
+            sleeper = None if len(places) == 1 else self._new_sleeper()
+            try:
+                index = places.pop()
+                break
+            except IndexError:
+                if sleeper is not None:
+                    # The action is running: there is no place for us before it has ended.
+                    round.sleepers.append(sleeper)
+                    if round.fate is None:
+                        await sleeper
+        if index == rounds.last:
+            action = rounds.fill(round)
+            if action is not None:
+                try:
+                    result = action()
+                    if isawaitable(result):
+                        await result
+                except BaseException:
+                    round.break_(_ACTION_FAILED, although_full=True)
+                    raise
+                rounds.trip(round, "verdict")
+            if index == 0 and self._new_sleeper is task_sleeper:
+                # Nobody ever waits for others here, so others might never run.
+                await checkpoint()
+            return index
+        assert sleeper is not None  # there was more than one place
+        round.sleepers.append(sleeper)
+        try:
+            if round.fate is None:
+                if timeout is None:
+                    await sleeper
+                elif timeout > 0:
+                    await at_most(sleeper, timeout)
+            if round.fate is None and not round.break_(_TIMED_OUT, although_full=False):
+                # Too late for that: all have arrived. What becomes of the round is not known yet.
+                sleeper = self._new_sleeper()
+                round.sleepers.append(sleeper)
+                if round.fate is None:
+                    await sleeper
+        except BaseException:
+            round.break_(_CANCELLED, although_full=False)
+            raise
+        if round.fate is not _TRIPPED:
+            raise round.error()
+        return index
+
+    def abort(self) -> None:
+        """Break the barrier: who waits, or calls `wait` later, gets BrokenBarrierError.
+
+        Until `reset`. While an action runs, its round is broken as well: the others get the error
+        at once, who runs the action gets it afterwards. A round that has tripped is not touched.
+
+        May be called from anywhere, including threads, signal handlers and finalizers. Never
+        blocks. The same as `threading.Barrier.abort`.
+        """
+        self._rounds.abort()
+
+    def reset(self) -> None:
+        """Make the barrier as new: who waits gets BrokenBarrierError, who comes later does not.
+
+        A round that has tripped is not touched.
+
+        May be called from anywhere, including threads, signal handlers and finalizers. Never
+        blocks. The same as `threading.Barrier.reset`.
+        """
+        self._rounds.reset()
+
+    @property
+    def parties(self) -> int:
+        """How many have to arrive. The same as `threading.Barrier.parties`."""
+        return self._rounds.last + 1
+
+    @property
+    def n_waiting(self) -> int:
+        """How many have arrived in the current round. The same as `threading.Barrier.n_waiting`."""
+        round = self._rounds.current()
+        return self.parties - len(round.places) if round.fate is None else 0
+
+    @property
+    def broken(self) -> bool:
+        """Whether `wait` raises BrokenBarrierError. The same as `threading.Barrier.broken`."""
+        return isinstance(self._rounds.current().fate, _Broken)
+
+    def __aenter__(self) -> Coroutine[Any, Any, int]:
+        """Do what ``wait()`` does."""
+        return self.wait()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Do nothing; as `asyncio.Barrier` does."""
+
+    def __repr__(self) -> str:
+        state = "broken" if self.broken else f"waiting={self.n_waiting}"
+        return f"<aiosync.{type(self).__name__} parties={self.parties} {state} at {id(self):#x}>"
+
+    __reduce_ex__ = refuse_pickling

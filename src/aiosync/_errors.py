@@ -1,0 +1,64 @@
+"""Every exception and every refusal of the package, with its message.
+
+What must live here: exception classes, and the functions that turn bad input into one of them.
+What must not: state, waiting, or an import of a room above the ground floor.
+"""
+
+from __future__ import annotations
+
+import threading
+from math import isnan
+from typing import NoReturn
+
+from ._park import AsyncioBrokenBarrierError
+
+
+class BrokenBarrierError(threading.BrokenBarrierError, AsyncioBrokenBarrierError):
+    """Raised by `Barrier.wait` when the barrier is, or becomes, broken.
+
+    It is a `threading.BrokenBarrierError` and, from Python 3.11 on, an `asyncio.BrokenBarrierError`
+    too, so an ``except`` clause written for either keeps working. The message says what broke the
+    barrier: a timeout, a cancellation, `Barrier.abort`, `Barrier.reset` or an action that raised.
+    """
+
+
+def refuse_pickling(self: object, protocol: object = None) -> NoReturn:
+    """Serve as ``__reduce_ex__``: a copy could not share the waiters of the original."""
+    raise TypeError(
+        f"cannot pickle or copy {type(self).__name__!r} object: "
+        f"it only synchronizes those who share the one object; pass the object itself"
+    )
+
+
+def check_count(name: str, value: int, least: int) -> int:
+    """Return `value` if it is an int of at least `least`.
+
+    :raises TypeError: if it is no int
+    :raises ValueError: if it is smaller
+    """
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, not {value}")
+    return value
+
+
+def check_timeout(timeout: float | None) -> float | None:
+    """Return `timeout` (seconds) as a finite number, or None for "wait for ever".
+
+    :raises TypeError: if it is neither a number nor None
+    :raises ValueError: if it is not a number in the sense of IEEE 754
+    """
+    if timeout is None:
+        return None
+    if not isinstance(timeout, (int, float)):
+        raise TypeError(
+            f"timeout must be a number of seconds or None, not {type(timeout).__name__}"
+        )
+    if isnan(timeout):
+        raise ValueError("timeout must be a number of seconds or None, not NaN")
+    # Nobody can tell 30 years from for ever, but timers of some event loops overflow on the latter.
+    return None if timeout > _FOR_EVER else timeout
+
+
+_FOR_EVER = 30 * 366 * 24 * 3600

@@ -1,0 +1,300 @@
+"""One blocked task or thread: how it goes to sleep, and how anybody wakes it.
+
+This is the only file that knows asyncio, trio and OS threads, and so the only one that imports
+``asyncio``, ``trio`` or ``_thread``. It knows nothing of permits, rounds or queues.
+
+A *sleeper* stands for one sleep of one task or thread. Its owner creates it, shows it to others,
+and only then sleeps; from the moment it can be seen anybody may ring its bell, from any thread. The
+bell says "look again" and carries no data: what it announces has been decided, and stands
+elsewhere, before it is rung. So a bell that nobody hears any more loses nothing.
+
+The sleeper of an asyncio task is a bare `asyncio.Future`, and the others speak those few words of
+its language that are needed. An object of our own around the future would be cleaner, and make a
+barrier's round take a tenth longer.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from _thread import allocate_lock
+from asyncio import Future, InvalidStateError, _get_running_loop, current_task
+from typing import TYPE_CHECKING, Any, TypeVar, Union
+
+from anyio import NoEventLoopError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Coroutine, Generator, Iterator
+
+    from trio.lowlevel import Abort, Task, TrioToken
+
+T = TypeVar("T")
+
+# Whether this interpreter may run without the GIL, so that one C call is not one atomic step.
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+
+if sys.version_info >= (3, 11):
+    from asyncio import BrokenBarrierError as AsyncioBrokenBarrierError
+else:
+    # There is no asyncio.Barrier yet; this is what the class would be derived from.
+    AsyncioBrokenBarrierError = RuntimeError
+
+
+class TrioSleeper:
+    """A task of a trio run."""
+
+    __slots__ = ("_aborted", "_asleep", "_task", "_token", "_trio")
+
+    def __init__(self, trio: Any) -> None:
+        self._trio = trio
+        self._task: Task = trio.lowlevel.current_task()
+        self._token: TrioToken = trio.lowlevel.current_trio_token()
+        # True from just before the task yields until somebody has rescheduled it, so that nobody
+        # does so twice. Read and written on the thread of the trio run only.
+        self._asleep = False
+        self._aborted = False
+
+    def __await__(self) -> Generator[Any, None, None]:
+        self._asleep = True
+        found: Generator[Any, None, None] = self._trio.lowlevel.wait_task_rescheduled(
+            self._abort
+        ).__await__()
+        return found
+
+    def _abort(self, raise_cancel: object) -> Abort:
+        self._asleep = False
+        self._aborted = True
+        abort: Abort = self._trio.lowlevel.Abort.SUCCEEDED
+        return abort
+
+    async def at_most(self, timeout: float) -> None:
+        with self._trio.move_on_after(timeout):
+            await self
+
+    def cancelled(self) -> bool:
+        return self._aborted
+
+    def get_loop(self) -> object:
+        return self._token
+
+    def set_result(self, result: None) -> None:
+        if self._trio.lowlevel.current_task() is self._task:
+            # A signal handler that interrupts this very task, just before it falls asleep.
+            self.call_from_afar()
+        else:
+            self._ring()
+
+    def call_from_afar(self) -> None:
+        self._token.run_sync_soon(self._ring)
+
+    def _ring(self) -> None:
+        if self._asleep:
+            self._asleep = False
+            self._trio.lowlevel.reschedule(self._task)
+
+
+class ThreadSleeper:
+    """An OS thread, asleep on a raw lock of its own.
+
+    To await it blocks the thread and never yields, so that `run_in_thread` can run the very code
+    that tasks run.
+    """
+
+    __slots__ = ("_bell",)
+
+    def __init__(self) -> None:
+        self._bell = allocate_lock()
+        self._bell.acquire()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        self._bell.acquire()
+        yield from ()
+
+    async def at_most(self, timeout: float) -> None:
+        self._bell.acquire(True, timeout)
+
+    def cancelled(self) -> bool:
+        return False
+
+    def get_loop(self) -> object:
+        return None
+
+    def set_result(self, result: None) -> None:
+        self.call_from_afar()
+
+    def call_from_afar(self) -> None:
+        try:
+            self._bell.release()
+        except RuntimeError:
+            pass  # rung twice: without the GIL, two threads may draw the same from an iterator
+
+
+# What every sleeper does, in the words of asyncio.Future:
+#   await sleeper       Sleep until the bell rings. Once, and by the owner. A cancellation is
+#                       raised, never swallowed; so is an exception from a signal handler.
+#   cancelled()         Whether the owner was cancelled, and will leave as soon as its loop runs it.
+#                       Exact on the thread of that loop. From elsewhere a False may be out of date:
+#                       harmless, the owner finds out what was decided when it tries to leave.
+#   get_loop()          The event loop, the trio token or None (a thread).
+#   set_result(None)    Ring the bell from `here`, that is if `here` returned the same loop.
+Sleeper = Union["Future[None]", TrioSleeper, ThreadSleeper]
+
+
+def task_sleeper() -> Sleeper:
+    """Return a new sleeper for the task that calls.
+
+    :raises NoEventLoopError: if no asyncio or trio event loop is running on this thread
+    """
+    if "sniffio" in _modules:
+        trio = _running_trio()
+        if trio is not None:
+            return TrioSleeper(trio)
+    loop = _get_running_loop()
+    if loop is None:
+        raise _no_event_loop()
+    return Future(loop=loop)
+
+
+async def at_most(sleeper: Sleeper, timeout: float) -> None:
+    """Sleep until the bell rings or `timeout` seconds have passed; which of the two: look."""
+    if not isinstance(sleeper, Future):
+        await sleeper.at_most(timeout)
+        return
+    timer = sleeper.get_loop().call_later(timeout, _ring, sleeper)
+    try:
+        await sleeper
+    finally:
+        timer.cancel()
+
+
+def run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run, on the OS thread that calls, a coroutine that sleeps on `ThreadSleeper` only.
+
+    :raises RuntimeError: if it awaits something else; raised where it does so
+    """
+    outcome: T
+    try:
+        coroutine.send(None)
+        coroutine.throw(RuntimeError("a thread can't await this; it takes a task to do that"))
+    except StopIteration as stop:
+        outcome = stop.value
+    return outcome
+
+
+def here() -> object:
+    """Return the event loop, or the trio token, whose task is being run; None if there is none.
+
+    Its other tasks may be woken directly. Not so from a mere callback of the same loop: that may be
+    a signal handler or a finalizer, run while the loop sits in select(); then only a thread-safe
+    call is heard, because it writes to the loop's pipe. After a step of a task the loop is certain
+    to look at its ready queue.
+    """
+    loop = _get_running_loop()
+    if loop is not None and current_task(loop) is not None:
+        return loop
+    trio = _running_trio()
+    if trio is not None:
+        try:
+            trio.lowlevel.current_task()
+        except RuntimeError:
+            return None  # between two steps
+        token: object = trio.lowlevel.current_trio_token()
+        return token
+    return None
+
+
+def wake(sleeper: Sleeper, at: object) -> bool:
+    """Ring the bell of `sleeper`, which nobody has done before; from any thread.
+
+    :param at: what `here` returned in this very step
+    :return: False if nobody is left to hear it, because the event loop has closed
+    """
+    loop = sleeper.get_loop()
+    if loop is at:
+        try:
+            sleeper.set_result(None)
+        except InvalidStateError:
+            pass  # it was cancelled, or its time was over
+        return True
+    try:
+        if isinstance(sleeper, Future):
+            sleeper.get_loop().call_soon_threadsafe(_ring, sleeper)
+        else:
+            sleeper.call_from_afar()
+    except RuntimeError:
+        return False
+    return True
+
+
+def wake_all(sleepers: Iterator[Sleeper]) -> None:
+    """Ring the bells of all `sleepers` in their order, from any thread.
+
+    Several may do this with one iterator at the same time: to draw from it is to claim the right to
+    wake.
+    """
+    at = here()
+    for sleeper in sleepers:
+        # What `wake` does in the most common case, without the call.
+        if sleeper.get_loop() is at:
+            try:
+                sleeper.set_result(None)
+            except InvalidStateError:
+                pass
+        else:
+            wake(sleeper, at)
+
+
+def _ring(future: Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def checkpoint() -> Awaitable[None]:
+    """Return an awaitable that lets other tasks run, and raises a cancellation that is pending.
+
+    :raises NoEventLoopError: if no asyncio or trio event loop is running on this thread
+    """
+    trio = _running_trio()
+    if trio is not None:
+        awaitable: Awaitable[None] = trio.lowlevel.checkpoint()
+        return awaitable
+    if _get_running_loop() is None:
+        raise _no_event_loop()
+    return _TURN_OF_THE_LOOP
+
+
+class _TurnOfTheLoop:
+    """What ``asyncio.sleep(0)`` awaits; without its coroutine."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+_TURN_OF_THE_LOOP = _TurnOfTheLoop()
+
+_modules = sys.modules
+
+
+def _running_trio() -> Any:
+    """Return trio if it runs on this thread; never import it for those who do without.
+
+    To be asked before asyncio is: in trio's guest mode the host's loop is running as well. Trio
+    announces itself to sniffio, which it depends on; to ask trio itself (``in_trio_task()``) takes
+    nine times as long, longer than a whole acquire and release.
+    """
+    sniffio = _modules.get("sniffio")
+    try:
+        if sniffio is not None and sniffio.thread_local.name == "trio":
+            return _modules["trio"]
+    except AttributeError:
+        pass  # another thread is importing sniffio just now, so trio does not run on this one
+    return None
+
+
+def _no_event_loop() -> NoEventLoopError:
+    return NoEventLoopError(
+        "no asyncio or trio event loop is running on this thread: "
+        "await this in a task, for example under anyio.run()"
+    )
