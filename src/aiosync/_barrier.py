@@ -123,10 +123,11 @@ class _Rounds:
 
     def after(self, round: _Round) -> _Round:
         """Return the round after `round`, which is over."""
-        if round.next is None:
-            # Of several who do this all assign the same one.
-            round.next = round.decided.setdefault("next", _Round(self._places.copy()))
-        return round.next
+        following = round.next
+        if following is None:
+            following = round.decided.setdefault("next", _Round(self._places.copy()))
+            round.next = following  # of several who do this all assign the same one
+        return following
 
     def unbroken(self) -> _Round:
         """Return the round that newcomers join.

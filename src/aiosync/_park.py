@@ -34,7 +34,9 @@ T = TypeVar("T")
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 if sys.version_info >= (3, 11):
-    from asyncio import BrokenBarrierError as AsyncioBrokenBarrierError
+    from asyncio import BrokenBarrierError
+
+    AsyncioBrokenBarrierError = BrokenBarrierError
 else:
     # There is no asyncio.Barrier yet; this is what the class would be derived from.
     AsyncioBrokenBarrierError = RuntimeError
@@ -172,13 +174,13 @@ def run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
 
     :raises RuntimeError: if it awaits something else; raised where it does so
     """
-    outcome: T
     try:
         coroutine.send(None)
-        coroutine.throw(RuntimeError("a thread can't await this; it takes a task to do that"))
+        while True:
+            coroutine.throw(RuntimeError("a thread can't await this; it takes a task to do that"))
     except StopIteration as stop:
-        outcome = stop.value
-    return outcome
+        outcome: T = stop.value
+        return outcome
 
 
 def here() -> object:
