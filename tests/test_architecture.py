@@ -1,0 +1,78 @@
+"""The plan of the house, checked against the source: who may import whom."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import aiosync
+
+SOURCE = Path(aiosync.__file__).parent
+
+# Each room with the rooms that it may enter. They only ever stand above it, so there is no cycle.
+ROOMS: dict[str, set[str]] = {
+    "_park": set(),
+    "_errors": {"_park"},
+    "_handoff": {"_park"},
+    "_semaphore": {"_errors", "_park", "_handoff"},
+    "_barrier": {"_errors", "_park", "_handoff"},
+    "__init__": {"_errors", "_semaphore", "_barrier"},
+    "__main__": {"__init__"},
+}
+LOOPS_AND_THREADS = {"asyncio", "trio", "_thread"}
+
+
+def imports(file: Path) -> tuple[set[str], set[str]]:
+    """Return the rooms and the top-level modules from elsewhere that `file` imports, anywhere."""
+    rooms: set[str] = set()
+    elsewhere: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                assert node.level == 1
+                names = (
+                    [f"aiosync.{node.module}"]
+                    if node.module
+                    else [f"aiosync.{alias.name}" for alias in node.names]
+                )
+            else:
+                assert node.module is not None
+                names = [node.module]
+        for name in names:
+            top, _, rest = name.partition(".")
+            if top == "aiosync":
+                rooms.add(rest.partition(".")[0] or "__init__")
+            else:
+                elsewhere.add(top)
+    return rooms, elsewhere
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: file.name)
+def test_imports_run_one_way_and_one_room_knows_the_event_loops(file: Path) -> None:
+    room = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+    rooms, elsewhere = imports(file)
+    assert rooms <= ROOMS[room]
+    if room != "_park":
+        assert not elsewhere & LOOPS_AND_THREADS
+
+
+def test_the_plan_has_no_cycle() -> None:
+    done: set[str] = set()
+    while len(done) < len(ROOMS):
+        ready = {room for room, enters in ROOMS.items() if enters <= done} - done
+        assert ready
+        done |= ready
+
+
+@pytest.mark.parametrize("name", aiosync.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    found = getattr(aiosync, name)
+    assert found.__doc__
+    for attribute, value in vars(found).items():
+        if not attribute.startswith("_"):
+            assert value.__doc__, f"{name}.{attribute} has no docstring"

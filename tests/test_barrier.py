@@ -1,0 +1,543 @@
+"""Barrier under every event loop: rounds, indices, action, every way to break it, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+import pickle
+import sys
+import threading
+import weakref
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+from anyio import create_task_group, wait_all_tasks_blocked
+
+from aiosync import Barrier, BrokenBarrierError
+
+pytestmark = pytest.mark.anyio
+
+BROKEN = "broken"
+CANCELLED = "cancelled"
+
+
+class Party:
+    """Someone who waits once, and what came of it: an index, BROKEN, CANCELLED or an exception."""
+
+    def __init__(self, barrier: Barrier, timeout: float | None = None) -> None:
+        self.barrier = barrier
+        self.timeout = timeout
+        self.scope = anyio.CancelScope()
+        self.outcome: object = None
+        self.reason = ""
+
+    async def __call__(self) -> None:
+        self.outcome = CANCELLED
+        with self.scope:
+            try:
+                self.outcome = await self.barrier.wait(self.timeout)
+            except BrokenBarrierError as error:
+                self.outcome = BROKEN
+                self.reason = str(error)
+            except Exception as error:
+                self.outcome = error
+
+
+def outcomes(parties: list[Party]) -> list[object]:
+    return [party.outcome for party in parties]
+
+
+async def arrive(tg: Any, *parties: Party) -> None:
+    """Let each of `parties` begin to wait, one after the other."""
+    for party in parties:
+        tg.start_soon(party)
+        await wait_all_tasks_blocked()
+
+
+async def check_works(barrier: Barrier) -> None:
+    """A round of the barrier works as in a new one."""
+    assert not barrier.broken
+    assert barrier.n_waiting == 0
+    parties = [Party(barrier) for _ in range(barrier.parties)]
+    async with create_task_group() as tg:
+        await arrive(tg, *parties)
+    assert outcomes(parties) == list(range(barrier.parties))
+    assert barrier.n_waiting == 0
+
+
+class TestRounds:
+    async def test_each_party_gets_its_index_in_the_order_of_arrival(self) -> None:
+        barrier = Barrier(3)
+        parties = [Party(barrier) for _ in range(3)]
+        async with create_task_group() as tg:
+            for count, party in enumerate(parties):
+                assert barrier.n_waiting == count
+                await arrive(tg, party)
+        assert outcomes(parties) == [0, 1, 2]
+        assert barrier.n_waiting == 0
+
+    @pytest.mark.parametrize("parties", [2, 3, 10, 100])
+    async def test_many_rounds_give_each_index_once(self, parties: int) -> None:
+        barrier = Barrier(parties)
+        rounds: list[list[int]] = [[] for _ in range(10)]
+
+        async def work() -> None:
+            for indices in rounds:
+                indices.append(await barrier.wait())
+                # Nobody is a round ahead: all of this one have arrived.
+                assert barrier.n_waiting < parties
+
+        async with create_task_group() as tg:
+            for _ in range(parties):
+                tg.start_soon(work)
+        assert [sorted(indices) for indices in rounds] == [list(range(parties))] * 10
+
+    async def test_nobody_passes_before_the_last_has_arrived(self) -> None:
+        barrier = Barrier(3)
+        parties = [Party(barrier) for _ in range(3)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties[:2])
+            assert [party.outcome for party in parties[:2]] == [CANCELLED] * 2  # not yet set
+            await arrive(tg, parties[2])
+            assert outcomes(parties) == [0, 1, 2]
+
+    async def test_a_barrier_of_one_never_waits_but_lets_others_run(self) -> None:
+        barrier = Barrier(1)
+        stop = False
+
+        async def other() -> None:
+            nonlocal stop
+            await anyio.lowlevel.checkpoint()
+            stop = True
+
+        async with create_task_group() as tg:
+            tg.start_soon(other)
+            while not stop:
+                assert await barrier.wait() == 0
+
+    async def test_the_context_manager_gives_the_index(self) -> None:
+        barrier = Barrier(2)
+        indices: list[int] = []
+
+        async def work() -> None:
+            async with barrier as index:
+                indices.append(index)
+
+        async with create_task_group() as tg:
+            tg.start_soon(work)
+            tg.start_soon(work)
+        assert sorted(indices) == [0, 1]
+        assert not barrier.broken
+
+    async def test_properties_and_repr(self) -> None:
+        barrier = Barrier(2)
+        assert (barrier.parties, barrier.n_waiting, barrier.broken) == (2, 0, False)
+        assert "<aiosync.Barrier parties=2 waiting=0 at 0x" in repr(barrier)
+        async with create_task_group() as tg:
+            await arrive(tg, Party(barrier))
+            assert (barrier.parties, barrier.n_waiting, barrier.broken) == (2, 1, False)
+            assert "waiting=1" in repr(barrier)
+            barrier.abort()
+            assert (barrier.parties, barrier.n_waiting, barrier.broken) == (2, 0, True)
+            assert "parties=2 broken" in repr(barrier)
+
+
+class TestAction:
+    async def test_it_runs_once_a_round_before_anybody_passes(self) -> None:
+        log: list[object] = []
+        barrier = Barrier(3, lambda: log.append("action"))
+
+        async def work() -> None:
+            for _ in range(3):
+                await barrier.wait()
+                log.append("passed")
+
+        async with create_task_group() as tg:
+            for _ in range(3):
+                tg.start_soon(work)
+        assert log == ["action", "passed", "passed", "passed"] * 3
+
+    async def test_it_sees_all_parties_waiting(self) -> None:
+        seen: list[int] = []
+        barrier = Barrier(3, lambda: seen.append(barrier.n_waiting))
+        await check_works(barrier)
+        assert seen == [3]
+
+    async def test_it_is_run_by_the_last_to_arrive(self) -> None:
+        runners: list[int] = []
+        barrier = Barrier(2, lambda: runners.append(anyio.get_current_task().id))
+        ids: list[int] = []
+
+        async def work() -> None:
+            ids.append(anyio.get_current_task().id)
+            await barrier.wait()
+
+        async with create_task_group() as tg:
+            tg.start_soon(work)
+            await wait_all_tasks_blocked()
+            tg.start_soon(work)
+        assert runners == [ids[1]]
+
+    async def test_an_async_action_is_awaited_before_anybody_passes(self) -> None:
+        proceed = anyio.Event()
+        log: list[str] = []
+
+        async def action() -> None:
+            log.append("begin")
+            await proceed.wait()
+            log.append("end")
+
+        barrier = Barrier(2, action)
+        parties = [Party(barrier), Party(barrier)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            assert log == ["begin"]
+            assert outcomes(parties) == [CANCELLED] * 2  # neither has passed
+            assert barrier.n_waiting == 2
+            proceed.set()
+        assert log == ["begin", "end"]
+        assert outcomes(parties) == [0, 1]
+
+    async def test_one_that_raises_breaks_the_barrier(self) -> None:
+        error = LookupError("no luck")
+
+        def action() -> None:
+            raise error
+
+        barrier = Barrier(3, action)
+        parties = [Party(barrier) for _ in range(3)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+        assert outcomes(parties) == [BROKEN, BROKEN, error]
+        assert parties[0].reason == "the barrier is broken: the action raised an exception"
+        assert barrier.broken
+        with pytest.raises(BrokenBarrierError, match="the action raised an exception"):
+            await barrier.wait()
+
+    async def test_an_async_one_that_is_cancelled_breaks_the_barrier(self) -> None:
+        barrier = Barrier(2, anyio.sleep_forever)
+        parties = [Party(barrier), Party(barrier)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            parties[1].scope.cancel()
+        assert outcomes(parties) == [BROKEN, CANCELLED]
+        assert barrier.broken
+
+    async def test_nobody_runs_out_of_time_while_it_runs(self) -> None:
+        proceed = anyio.Event()
+        barrier = Barrier(2, proceed.wait)
+        patient, hasty = Party(barrier), Party(barrier, timeout=0.02)
+        async with create_task_group() as tg:
+            await arrive(tg, hasty, patient)
+            with anyio.move_on_after(0.1):
+                await anyio.sleep_forever()
+            assert not barrier.broken
+            proceed.set()
+        assert outcomes([hasty, patient]) == [0, 1]
+        await check_works(Barrier(2))
+
+    @pytest.mark.parametrize("timeout", [None, 0.02])
+    async def test_one_who_is_cancelled_while_it_runs_concerns_nobody_else(
+        self, timeout: float | None
+    ) -> None:
+        proceed = anyio.Event()
+        barrier = Barrier(3, proceed.wait)
+        parties = [Party(barrier, timeout), Party(barrier), Party(barrier)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            if timeout:  # it is asleep for the second time then
+                with anyio.move_on_after(0.1):
+                    await anyio.sleep_forever()
+            parties[0].scope.cancel()
+            await wait_all_tasks_blocked()
+            proceed.set()
+        assert outcomes(parties) == [CANCELLED, 1, 2]
+        assert not barrier.broken
+
+    @pytest.mark.parametrize("how", ["abort", "reset"])
+    async def test_abort_and_reset_break_the_round_while_it_runs(self, how: str) -> None:
+        proceed = anyio.Event()
+        barrier = Barrier(2, proceed.wait)
+        parties = [Party(barrier), Party(barrier)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            getattr(barrier, how)()
+            await wait_all_tasks_blocked()
+            assert outcomes(parties) == [BROKEN, CANCELLED]  # the second runs the action still
+            assert barrier.broken is (how == "abort")
+            proceed.set()
+        assert outcomes(parties) == [BROKEN, BROKEN]
+        assert barrier.broken is (how == "abort")
+        barrier.reset()
+        await check_works(barrier)
+
+    async def test_who_comes_while_it_runs_belongs_to_the_next_round(self) -> None:
+        events = [anyio.Event(), anyio.Event()]
+        runs: list[int] = []
+
+        async def action() -> None:
+            runs.append(len(runs))
+            await events[runs[-1]].wait()
+
+        barrier = Barrier(2, action)
+        parties = [Party(barrier) for _ in range(4)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            assert runs == [0]  # the second action waits for the end of the first
+            assert barrier.n_waiting == 2
+            events[0].set()
+            await wait_all_tasks_blocked()
+            assert outcomes(parties[:2]) == [0, 1]
+            assert runs == [0, 1]
+            events[1].set()
+        # Who of the two went first was up to the event loop.
+        assert sorted(outcomes(parties[2:]), key=str) == [0, 1]
+
+    async def test_who_comes_while_it_runs_hears_of_its_failure(self) -> None:
+        proceed = anyio.Event()
+
+        async def action() -> None:
+            await proceed.wait()
+            raise LookupError
+
+        barrier = Barrier(2, action)
+        parties = [Party(barrier) for _ in range(3)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            proceed.set()
+        assert outcomes(parties[:1] + parties[2:]) == [BROKEN, BROKEN]
+
+    async def test_who_comes_while_it_runs_may_leave_again(self) -> None:
+        proceed = anyio.Event()
+        barrier = Barrier(2, proceed.wait)
+        parties = [Party(barrier) for _ in range(3)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            parties[2].scope.cancel()
+            await wait_all_tasks_blocked()
+            assert parties[2].outcome == CANCELLED
+            proceed.set()
+        assert outcomes(parties) == [0, 1, CANCELLED]
+        assert (barrier.n_waiting, barrier.broken) == (0, False)
+
+
+class TestBreaking:
+    async def test_abort_sends_an_error_to_all_until_reset(self) -> None:
+        barrier = Barrier(3)
+        parties = [Party(barrier), Party(barrier)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            barrier.abort()
+        assert outcomes(parties) == [BROKEN, BROKEN]
+        assert "abort() was called" in parties[0].reason
+        for _ in range(3):
+            with pytest.raises(BrokenBarrierError, match="abort"):
+                await barrier.wait()
+        barrier.abort()
+        assert barrier.broken
+        barrier.reset()
+        await check_works(barrier)
+
+    async def test_reset_sends_an_error_to_those_who_wait_only(self) -> None:
+        barrier = Barrier(3)
+        parties = [Party(barrier), Party(barrier)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            barrier.reset()
+            assert (barrier.n_waiting, barrier.broken) == (0, False)
+        assert outcomes(parties) == [BROKEN, BROKEN]
+        assert "reset() was called" in parties[0].reason
+        await check_works(barrier)
+
+    async def test_reset_of_a_new_barrier_changes_nothing(self) -> None:
+        barrier = Barrier(2)
+        barrier.reset()
+        barrier.reset()
+        await check_works(barrier)
+
+    @pytest.mark.parametrize("own", [True, False], ids=["of wait", "of the barrier"])
+    async def test_a_timeout_raises_and_breaks_the_barrier_for_all(self, own: bool) -> None:
+        barrier = Barrier(3, timeout=None if own else 0.01)
+        patient = Party(barrier, 60)
+        async with create_task_group() as tg:
+            await arrive(tg, patient)
+            with pytest.raises(BrokenBarrierError, match="longer than its timeout"):
+                await barrier.wait(0.01 if own else None)
+        assert patient.outcome == BROKEN
+        with pytest.raises(BrokenBarrierError):
+            await barrier.wait()
+        barrier.reset()
+
+    @pytest.mark.parametrize("timeout", [0, -1, -math.inf])
+    async def test_no_patience_breaks_the_barrier_at_once(self, timeout: float) -> None:
+        barrier = Barrier(2)
+        with pytest.raises(BrokenBarrierError, match="longer than its timeout"):
+            await barrier.wait(timeout)
+        assert barrier.broken
+
+    @pytest.mark.parametrize("timeout", [0, -1])
+    async def test_the_last_to_arrive_needs_no_patience(self, timeout: float) -> None:
+        barrier = Barrier(2)
+        first, last = Party(barrier), Party(barrier, timeout)
+        async with create_task_group() as tg:
+            await arrive(tg, first, last)
+        assert outcomes([first, last]) == [0, 1]
+
+    @pytest.mark.parametrize("timeout", [60, 1e300, math.inf])
+    async def test_a_timeout_that_does_not_run_out_changes_nothing(self, timeout: float) -> None:
+        barrier = Barrier(2)
+        parties = [Party(barrier, timeout), Party(barrier, timeout)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+        assert outcomes(parties) == [0, 1]
+
+    @pytest.mark.parametrize("timeout", [None, 60])
+    async def test_a_cancelled_party_breaks_the_barrier_for_all(
+        self, timeout: float | None
+    ) -> None:
+        barrier = Barrier(3)
+        parties = [Party(barrier, timeout), Party(barrier, timeout)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            parties[0].scope.cancel()
+        assert outcomes(parties) == [CANCELLED, BROKEN]
+        assert "cancelled or interrupted" in parties[1].reason
+        assert barrier.broken
+        barrier.reset()
+        await check_works(barrier)
+
+    async def test_a_cancel_that_has_not_run_yet_breaks_the_round_it_was_in(self) -> None:
+        barrier = Barrier(3)
+        parties = [Party(barrier), Party(barrier)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            parties[0].scope.cancel()
+            with pytest.raises(BrokenBarrierError, match="as the last one arrived"):
+                await barrier.wait()  # in the same step
+        assert outcomes(parties) == [CANCELLED, BROKEN]
+        assert barrier.broken
+
+    async def test_a_cancel_after_the_trip_concerns_nobody_else(self) -> None:
+        barrier = Barrier(3)
+        parties = [Party(barrier), Party(barrier)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            assert await barrier.wait() == 2
+            parties[0].scope.cancel()
+            assert (barrier.n_waiting, barrier.broken) == (0, False)
+        assert parties[0].outcome in (0, CANCELLED)
+        assert parties[1].outcome == 1
+        await check_works(barrier)
+
+    @pytest.mark.parametrize("how", ["abort", "reset"])
+    async def test_a_round_that_has_tripped_is_never_untripped(self, how: str) -> None:
+        barrier = Barrier(3)
+        parties = [Party(barrier), Party(barrier)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            assert await barrier.wait() == 2
+            getattr(barrier, how)()  # in the same step: the others have not run yet
+            assert barrier.broken is (how == "abort")
+        assert outcomes(parties) == [0, 1]
+        barrier.reset()
+        await check_works(barrier)
+
+    async def test_a_timeout_that_ends_in_the_step_of_the_trip_passes(self) -> None:
+        barrier = Barrier(2)
+        party = Party(barrier, 0.01)
+        async with create_task_group() as tg:
+            await arrive(tg, party)
+            # Keep the event loop from running anything until the time is certainly over.
+            deadline = anyio.current_time() + 0.05
+            while anyio.current_time() < deadline:
+                pass
+            assert await barrier.wait() == 1
+        assert party.outcome == 0
+        await check_works(barrier)
+
+    async def test_who_broke_it_does_not_break_the_next_round_when_it_runs_at_last(self) -> None:
+        barrier = Barrier(3)
+        parties = [Party(barrier), Party(barrier)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            barrier.abort()
+            barrier.reset()
+            parties[0].scope.cancel()  # it was broken before, but has not run since
+        assert parties[1].outcome == BROKEN
+        assert parties[0].outcome in (BROKEN, CANCELLED)
+        await check_works(barrier)
+
+    async def test_who_wakes_from_a_broken_round_after_the_reset_is_told(self) -> None:
+        barrier = Barrier(2)
+        old = Party(barrier)
+        async with create_task_group() as tg:
+            await arrive(tg, old)
+            barrier.reset()
+            barrier.reset()
+        assert old.outcome == BROKEN
+        await check_works(barrier)
+
+
+class TestErrors:
+    def test_broken_barrier_error_is_caught_by_old_except_clauses(self) -> None:
+        assert issubclass(BrokenBarrierError, threading.BrokenBarrierError)
+        assert issubclass(BrokenBarrierError, RuntimeError)
+        if sys.version_info >= (3, 11):
+            assert issubclass(BrokenBarrierError, asyncio.BrokenBarrierError)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "match"),
+        [
+            ((0,), ValueError, "parties must be 1 or more, not 0"),
+            ((-1,), ValueError, "parties must be 1 or more, not -1"),
+            ((2.0,), TypeError, "parties must be an int, not float"),
+            (("2",), TypeError, "parties must be an int, not str"),
+            ((2, "action"), TypeError, "action must be callable or None, not str"),
+            ((2, None, "1"), TypeError, "timeout must be a number of seconds or None, not str"),
+            ((2, None, math.nan), ValueError, "not NaN"),
+        ],
+    )
+    def test_bad_arguments(
+        self, arguments: tuple[Any, ...], error: type[Exception], match: str
+    ) -> None:
+        with pytest.raises(error, match=match):
+            Barrier(*arguments)
+
+    @pytest.mark.parametrize(
+        ("timeout", "error"), [("1", TypeError), (math.nan, ValueError), ([], TypeError)]
+    )
+    async def test_a_bad_timeout_has_not_arrived(
+        self, timeout: Any, error: type[Exception]
+    ) -> None:
+        barrier = Barrier(2)
+        with pytest.raises(error):
+            await barrier.wait(timeout)
+        await check_works(barrier)
+
+    def test_it_can_be_neither_pickled_nor_copied(self) -> None:
+        barrier = Barrier(2)
+        attempts: list[Callable[[Barrier], object]] = [pickle.dumps, copy.copy, copy.deepcopy]
+        for attempt in attempts:
+            with pytest.raises(TypeError, match="cannot pickle or copy 'Barrier' object"):
+                attempt(barrier)
+
+    def test_it_has_slots_and_weak_references(self) -> None:
+        barrier = Barrier(2)
+        assert weakref.ref(barrier)() is barrier
+        assert not hasattr(barrier, "__dict__")
+
+    async def test_an_awaitable_that_an_action_returns_is_awaited(self) -> None:
+        awaited: list[int] = []
+
+        async def later() -> None:
+            awaited.append(1)
+
+        def action() -> Awaitable[None]:
+            return later()
+
+        await check_works(Barrier(2, action))
+        assert awaited == [1]
