@@ -4,7 +4,16 @@ The face: nothing but re-exports.
 """
 
 from ._barrier import Barrier
+from ._bridge import as_threading
 from ._errors import BrokenBarrierError
+from ._legacy import from_threading
 from ._semaphore import BoundedSemaphore, Semaphore
 
-__all__ = ["Barrier", "BoundedSemaphore", "BrokenBarrierError", "Semaphore"]
+__all__ = [
+    "Barrier",
+    "BoundedSemaphore",
+    "BrokenBarrierError",
+    "Semaphore",
+    "as_threading",
+    "from_threading",
+]

@@ -19,7 +19,7 @@ from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Union
 
 from ._errors import BrokenBarrierError, check_count, check_timeout, refuse_pickling
-from ._park import ThreadSleeper, at_most, checkpoint, task_sleeper, wake_all
+from ._park import at_most, checkpoint, task_sleeper, thread_sleeper, wake_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -223,7 +223,7 @@ class Barrier:
         twin = object.__new__(Barrier)
         twin._timeout = self._timeout
         twin._rounds = self._rounds
-        twin._new_sleeper = ThreadSleeper
+        twin._new_sleeper = thread_sleeper
         return twin
 
     async def wait(self, timeout: float | None = None) -> int:

@@ -61,4 +61,16 @@ def check_timeout(timeout: float | None) -> float | None:
     return None if timeout > _FOR_EVER else timeout
 
 
+def patience(blocking: bool, timeout: float | None) -> float | None:
+    """Return how many seconds to wait: None for ever, 0 not at all."""
+    if timeout is None and blocking:
+        return None
+    if not blocking:
+        if timeout is not None:
+            raise ValueError("can't specify a timeout for a non-blocking acquire; leave it out")
+        return 0
+    timeout = check_timeout(timeout)
+    return None if timeout is None else max(timeout, 0)
+
+
 _FOR_EVER = 30 * 366 * 24 * 3600

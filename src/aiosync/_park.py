@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import sysconfig
-from _thread import allocate_lock
+from _thread import TIMEOUT_MAX, allocate_lock
 from asyncio import Future, InvalidStateError, _get_running_loop, current_task
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
@@ -113,7 +113,7 @@ class ThreadSleeper:
         yield from ()
 
     async def at_most(self, timeout: float) -> None:
-        self._bell.acquire(True, timeout)
+        self._bell.acquire(True, min(timeout, TIMEOUT_MAX))
 
     def cancelled(self) -> bool:
         return False
@@ -129,6 +129,19 @@ class ThreadSleeper:
             self._bell.release()
         except RuntimeError:
             pass  # rung twice: without the GIL, two threads may draw the same from an iterator
+
+
+def thread_sleeper() -> ThreadSleeper:
+    """Return a new sleeper for the thread that calls.
+
+    :raises RuntimeError: if an event loop is running on this thread, which would freeze
+    """
+    if _get_running_loop() is not None or _running_trio() is not None:
+        raise RuntimeError(
+            "this would block the event loop that is running on this thread: await the acquire(), "
+            "wait() or connection() of the shared object itself, or do not wait (blocking=False)"
+        )
+    return ThreadSleeper()
 
 
 # What every sleeper does, in the words of asyncio.Future:

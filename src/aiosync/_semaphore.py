@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import SemaphoreStatistics, WouldBlock
 
-from ._errors import check_count, check_timeout, refuse_pickling
+from ._errors import check_count, patience, refuse_pickling
 from ._handoff import HandoffQueue, new_claim
-from ._park import ThreadSleeper, at_most, checkpoint, task_sleeper
+from ._park import at_most, checkpoint, task_sleeper, thread_sleeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -77,7 +77,7 @@ class Semaphore:
     def _for_threads(self) -> Semaphore:
         """Return a semaphore with the same state whose `acquire` blocks the thread that runs it."""
         twin = object.__new__(Semaphore)
-        twin._share(self._queue, True, ThreadSleeper)
+        twin._share(self._queue, True, thread_sleeper)
         return twin
 
     async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
@@ -99,7 +99,7 @@ class Semaphore:
             by asyncio or trio
         """
         if self._detour or timeout is not None or not blocking:
-            return await self._acquire_slowly(_patience(blocking, timeout))
+            return await self._acquire_slowly(patience(blocking, timeout))
         try:
             return self._items.pop()
         except IndexError:
@@ -203,17 +203,19 @@ class BoundedSemaphore(Semaphore):
     The semantics are those of `threading.BoundedSemaphore`.
     """
 
-    __slots__ = ("_held",)
+    __slots__ = ("_bound", "_held")
 
     def __init__(self, value: int = 1, *, fast_acquire: bool = False) -> None:
         super().__init__(value, fast_acquire=fast_acquire)
+        self._bound = value
         # One entry for each permit that was acquired. To remove one is to claim the right to
         # release: of two threads that release the same permit one finds none.
         self._held: deque[bool] = deque()
 
     def _for_threads(self) -> BoundedSemaphore:
         twin = object.__new__(BoundedSemaphore)
-        twin._share(self._queue, True, ThreadSleeper)
+        twin._share(self._queue, True, thread_sleeper)
+        twin._bound = self._bound
         twin._held = self._held
         return twin
 
@@ -284,15 +286,3 @@ def _released_too_often(n: int, held: int) -> ValueError:
     return ValueError(
         f"released too often: {n} given back, {held} held; a release needs a successful acquire"
     )
-
-
-def _patience(blocking: bool, timeout: float | None) -> float | None:
-    """Return how many seconds to wait: None for ever, 0 not at all."""
-    if timeout is None and blocking:
-        return None
-    if not blocking:
-        if timeout is not None:
-            raise ValueError("can't specify a timeout for a non-blocking acquire; leave it out")
-        return 0
-    timeout = check_timeout(timeout)
-    return None if timeout is None else max(timeout, 0)

@@ -1,0 +1,374 @@
+"""from_threading: objects that threads own and that cannot be changed, awaited by tasks.
+
+What must live here: all that touches an object of `threading`. Such an object can only be waited
+for by blocking a thread, and a thread that blocks in it can't be called back. So nobody blocks in
+it for long: one helper thread for each object, and only while tasks wait, tries for a moment again
+and again, and hands what it gets to the oldest of them. What nobody wants any more goes back. Only
+a barrier takes a thread for each party, because each has to arrive; `abort` calls that one back.
+
+All these threads are our own, so that no worker thread of anyio's is occupied.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, overload
+
+from anyio import CancelScope
+
+from ._errors import check_timeout, patience, refuse_pickling
+from ._handoff import HandoffQueue, new_claim
+from ._park import at_most, checkpoint, task_sleeper, wake_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from types import TracebackType
+
+    from ._park import Sleeper
+
+# How long a helper blocks in a foreign object, in seconds. A task that was cancelled waits for the
+# helper to come out for so long at most, and an idle helper looks around so often.
+_MOMENT = 0.02
+
+_LOCK = type(threading.Lock())  # before Python 3.13, threading.Lock is a function
+
+
+class _Helper:
+    """A thread that tries to get something, as long as somebody waits for it."""
+
+    __slots__ = ("_give_back", "_lock", "_out", "_sleepers", "_try", "queue")
+
+    def __init__(self, try_for: Callable[[float], object], give_back: Callable[[], object]) -> None:
+        # Tries for so many seconds; something true if it was successful.
+        self._try = try_for
+        self._give_back = give_back
+        # What was got and is being handed over; no item stays here while nobody waits.
+        self.queue: HandoffQueue[bool] = HandoffQueue()
+        # Protects the two below; held for an instant by the helper and by tasks.
+        self._lock = threading.Lock()
+        # Whether no helper is running.
+        self._out = True
+        # Those who wait for the helper to come out of the foreign object.
+        self._sleepers: list[Sleeper] = []
+
+    async def get(self, timeout: float | None) -> bool:
+        """Wait in line for what the helper gets; False if the time is over.
+
+        When this returns False or raises, the helper has come out of the foreign object, unless
+        others still wait.
+        """
+        try:
+            got = await self._wait(timeout)
+        except GeneratorExit:
+            raise  # nobody runs us any more, so we can't wait
+        except BaseException:
+            await self._come_out()
+            raise
+        if not got:
+            await self._come_out()
+        return got
+
+    async def _wait(self, timeout: float | None) -> bool:
+        waiter = task_sleeper()
+        claim = new_claim()
+        try:
+            self.queue.join(waiter, claim)
+            self._send()
+            await (waiter if timeout is None else at_most(waiter, timeout))
+        except BaseException:
+            if not self.queue.leave(waiter, claim):
+                self._pass_on()
+            raise
+        return timeout is None or not self.queue.leave(waiter, claim)
+
+    def _send(self) -> None:
+        with self._lock:
+            if not self._out:
+                return
+            self._out = False
+        try:
+            _start(self._run)
+        except BaseException:
+            self._out = True
+            raise
+
+    def _run(self) -> None:
+        while True:
+            if self._try(_MOMENT):
+                self._pass_on()
+            with self._lock:
+                if not self.queue.waiters:
+                    self._out = True
+                    sleepers, self._sleepers = self._sleepers, []
+                    break
+        wake_all(iter(sleepers))
+
+    def _pass_on(self) -> None:
+        """Hand what was got to the oldest who waits, or back."""
+        self.queue.put(True)
+        while self.queue.take_or(False):
+            try:
+                self._give_back()
+            except (ValueError, RuntimeError):
+                pass  # somebody else has released it in our place
+
+    async def _come_out(self) -> None:
+        """Wait until no helper is inside the foreign object, unless others wait for it."""
+        with CancelScope(shield=True):
+            sleeper = task_sleeper()
+            with self._lock:
+                if self._out or self.queue.waiters:
+                    return
+                self._sleepers.append(sleeper)
+            await sleeper
+
+
+def _start(run: Callable[[], object]) -> None:
+    # A daemon, because the loop of those who wait may be closed without their being told.
+    threading.Thread(target=run, name="aiosync.from_threading", daemon=True).start()
+
+
+class _View:
+    """A view of an object that threads own."""
+
+    __slots__ = ("__weakref__", "_owned")
+
+    def __init__(self, owned: Any) -> None:
+        self._owned = owned
+
+    def __repr__(self) -> str:
+        return f"<from_threading {self._owned!r}>"
+
+    __reduce_ex__ = refuse_pickling
+
+
+class _Acquirable(_View):
+    __slots__ = ("_helper",)
+
+    def __init__(self, owned: Any) -> None:
+        super().__init__(owned)
+        self._helper = _Helper(lambda moment: owned.acquire(True, moment), owned.release)
+
+    async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        """Acquire the object of the threads, waiting in line with other tasks if need be.
+
+        May be called from any task under asyncio or trio. If it is cancelled, or returns False, it
+        holds nothing, and no thread is left that would take anything later; this may delay it by
+        some hundredths of a second.
+
+        :param blocking: if False, do not wait
+        :param timeout: how many seconds to wait at most; 0 or less: do not wait; None: no limit
+        :return: True if it was acquired, False if not (in time)
+        :raises ValueError: if `blocking` is False and there is a `timeout`, or if that is NaN
+        :raises TypeError: if `timeout` is no number
+        :raises anyio.NoEventLoopError: if not run by asyncio or trio
+        """
+        timeout = patience(blocking, timeout)
+        acquired = not self._helper.queue.waiters and self._owned.acquire(False)
+        if not acquired and timeout != 0:
+            return await self._helper.get(timeout)
+        try:
+            await checkpoint()
+        except BaseException:
+            if acquired:
+                self._owned.release()
+            raise
+        return bool(acquired)
+
+    def __aenter__(self) -> Coroutine[Any, Any, bool]:
+        """Do what ``acquire()`` does."""
+        return self.acquire()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Do what ``release()`` does; there is nothing to wait for."""
+        self._owned.release()
+
+
+class TaskSemaphore(_Acquirable):
+    """What `from_threading` makes of a `threading.Semaphore` or `threading.BoundedSemaphore`."""
+
+    __slots__ = ()
+
+    def release(self, n: int = 1) -> None:
+        """Release the semaphore `n` times; threads and tasks that wait for it get a permit.
+
+        May be called from anywhere. Blocks no longer than `release` of the semaphore itself.
+
+        :raises ValueError: if `n` is smaller than 1, or by a BoundedSemaphore released too often
+        """
+        self._owned.release(n)
+
+
+class TaskLock(_Acquirable):
+    """What `from_threading` makes of a `threading.Lock`."""
+
+    __slots__ = ()
+
+    def release(self) -> None:
+        """Release the lock, whoever holds it. May be called from anywhere.
+
+        :raises RuntimeError: if it is not locked
+        """
+        self._owned.release()
+
+    def locked(self) -> bool:
+        """Tell whether the lock is locked."""
+        return bool(self._owned.locked())
+
+
+class TaskEvent(_View):
+    """What `from_threading` makes of a `threading.Event`."""
+
+    __slots__ = ("_helper",)
+
+    def __init__(self, owned: threading.Event) -> None:
+        super().__init__(owned)
+        self._helper = _Helper(owned.wait, lambda: None)
+
+    async def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the event is set.
+
+        May be called from any task under asyncio or trio, and may be cancelled.
+
+        :param timeout: how many seconds to wait at most; 0 or less: do not wait; None: no limit
+        :return: True if the event is set, False if it was not in time; as `threading.Event.wait`
+        :raises TypeError: if `timeout` is no number
+        :raises ValueError: if `timeout` is NaN
+        :raises anyio.NoEventLoopError: if not run by asyncio or trio
+        """
+        timeout = patience(True, timeout)
+        if timeout != 0 and not self._owned.is_set():
+            return await self._helper.get(timeout) or self._owned.is_set()
+        await checkpoint()
+        return bool(self._owned.is_set())
+
+    def is_set(self) -> bool:
+        """Tell whether the event is set."""
+        return bool(self._owned.is_set())
+
+    def set(self) -> None:
+        """Set the event: all threads and tasks that wait go on. May be called from anywhere."""
+        self._owned.set()
+
+    def clear(self) -> None:
+        """Reset the event, so that who waits from now on waits for the next `set`."""
+        self._owned.clear()
+
+
+class TaskBarrier(_View):
+    """What `from_threading` makes of a `threading.Barrier`."""
+
+    __slots__ = ()
+
+    async def wait(self, timeout: float | None = None) -> int:
+        """Arrive at the barrier of the threads, and wait until all parties have.
+
+        May be called from any task under asyncio or trio. Each call takes a thread of its own while
+        it waits, which counts against nobody's limit, and an action runs in the thread that
+        arrives last. If the task is cancelled before the barrier has let its thread pass, it aborts
+        the barrier, so the others get BrokenBarrierError.
+
+        :param timeout: how many seconds to wait for the others to arrive, at most; then the barrier
+            is broken for all. None: the barrier's own timeout.
+        :return: the index of the party in its round, 0 to parties - 1
+        :raises threading.BrokenBarrierError: if the barrier is broken, or is broken or reset while
+            waiting
+        :raises TypeError: if `timeout` is no number
+        :raises ValueError: if `timeout` is NaN
+        :raises anyio.NoEventLoopError: if not run by asyncio or trio
+        """
+        timeout = check_timeout(timeout)
+        sleeper = task_sleeper()
+        outcome: list[int | BaseException] = []
+
+        def arrive() -> None:
+            try:
+                outcome.append(self._owned.wait(timeout))
+            except BaseException as error:
+                outcome.append(error)
+            wake_all(iter([sleeper]))
+
+        _start(arrive)
+        try:
+            await sleeper
+        except GeneratorExit:
+            self._owned.abort()
+            raise
+        except BaseException:
+            # Again and again, since it may not have arrived before somebody else calls reset().
+            while not outcome:
+                self._owned.abort()
+                with CancelScope(shield=True):
+                    await at_most(task_sleeper(), _MOMENT / 10)
+            raise
+        [found] = outcome
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def abort(self) -> None:
+        """Break the barrier. May be called from anywhere. See `threading.Barrier.abort`."""
+        self._owned.abort()
+
+    def reset(self) -> None:
+        """Make the barrier as new. May be called from anywhere. See `threading.Barrier.reset`."""
+        self._owned.reset()
+
+    @property
+    def parties(self) -> int:
+        """How many have to arrive."""
+        return int(self._owned.parties)
+
+    @property
+    def n_waiting(self) -> int:
+        """How many have arrived in the current round."""
+        return int(self._owned.n_waiting)
+
+    @property
+    def broken(self) -> bool:
+        """Whether `wait` raises BrokenBarrierError."""
+        return bool(self._owned.broken)
+
+
+@overload
+def from_threading(owned: threading.Semaphore) -> TaskSemaphore: ...
+@overload
+def from_threading(owned: threading.Barrier) -> TaskBarrier: ...
+@overload
+def from_threading(owned: threading.Event) -> TaskEvent: ...
+@overload
+def from_threading(owned: threading.Lock) -> TaskLock: ...
+
+
+def from_threading(owned: Any) -> TaskSemaphore | TaskBarrier | TaskEvent | TaskLock:
+    """Return a view of `owned` for tasks: the same object, to be awaited.
+
+    For code that can't be changed: if you can, make the object one of aiosync's, and give the
+    threads `as_threading` of it, which is faster by far. Make one view and share it: tasks that use
+    the same view stand in one line, but each view stands in line with the threads for itself. May
+    be called from anywhere.
+
+    A task that waits for a semaphore or a lock has no fixed place among the threads that do, since
+    `threading` promises no order. While tasks wait, one thread of ours waits with them for each
+    view; for a barrier one for each task.
+
+    :param owned: a `threading.Semaphore`, `BoundedSemaphore`, `Barrier`, `Lock` or `Event`
+    :raises TypeError: if it is anything else
+    """
+    if isinstance(owned, threading.Semaphore):
+        return TaskSemaphore(owned)
+    if isinstance(owned, threading.Barrier):
+        return TaskBarrier(owned)
+    if isinstance(owned, threading.Event):
+        return TaskEvent(owned)
+    if isinstance(owned, _LOCK):
+        return TaskLock(owned)
+    raise TypeError(
+        f"from_threading() takes a Semaphore, BoundedSemaphore, Barrier, Lock or Event of "
+        f"threading, not {type(owned).__name__}"
+    )
