@@ -32,6 +32,8 @@ BACKENDS = ["asyncio", "trio"]
 PATIENCE = 40  # seconds, for a process that should end at once
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+# All workers are tasks, some of them are threads, or all are.
+each_mixture = pytest.mark.parametrize("threads", [0, 3, 8])
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 
 TEXTS = {
@@ -230,10 +232,12 @@ def test_third_party_packages_are_skipped_in_the_standard_library_only(
 
 
 @each_backend
+@each_mixture
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_as_many_read_at_once_as_may_and_no_more(
     many: Path,
     backend: str,
+    threads: int,
     limit: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -254,8 +258,23 @@ def test_as_many_read_at_once_as_may_and_no_more(
         return path.stem
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    assert main(many, "--backend", backend, "--workers", 10, "--limit", limit) == 0
+    args = ("--backend", backend, "--workers", 10, "--limit", limit, "--threads", threads)
+    assert main(many, *args) == 0
     assert Table.all(capsys.readouterr().out)[0].peak == most == limit
+
+
+@each_backend
+@each_mixture
+def test_threads_and_tasks_count_the_same(
+    tree: Path, backend: str, threads: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(tree, "--backend", backend, "--threads", threads) == 0
+    out, err = capsys.readouterr()
+    Table.all(out)[0].check(backend, TEXTS)
+    names = {f"worker-{n}" for n in range(1, 9 - threads)}
+    names |= {f"thread-{n}" for n in range(9 - threads, 9)}
+    assert set(re.findall(r"^(\S+-\d) loaded", err, re.MULTILINE)) == names
+    assert set(re.findall(r"^(\S+-\d) counted", err, re.MULTILINE)) == names
 
 
 @each_backend
@@ -292,6 +311,8 @@ def test_nobody_counts_before_all_have_loaded(
         (["--limit", "0"], r"argument --limit: must be a whole number .+, not '0'"),
         (["--limit", "1.5"], r"argument --limit: must be a whole number .+, not '1.5'"),
         (["--limit", "9" * 30], r"argument --limit: must be a whole number .+, not '9+'"),
+        (["--threads", "-1"], r"argument --threads: must be a whole number from 0 .+, not '-1'"),
+        (["--threads", "9"], r"of 8 workers 9 can't be threads"),
         (["--limit"], r"argument --limit: expected one argument"),
         (["--backend", "curio"], r"argument --backend: invalid choice: 'curio' .+"),
         (["empty", "more\nthan one"], r"unrecognized arguments: more than one"),
@@ -373,10 +394,12 @@ class Announcer(logging.Handler):
 
 
 @each_backend
+@each_mixture
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_file_that_cannot_be_read_ends_it_although_the_others_wait(
     many: Path,
     backend: str,
+    threads: int,
     failures: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -394,7 +417,7 @@ def test_a_file_that_cannot_be_read_ends_it_although_the_others_wait(
     monkeypatch.setattr(Path, "read_text", read_text)
     demo._log.addHandler(announcer)
     try:
-        assert main(many, "--backend", backend) == 2
+        assert main(many, "--backend", backend, "--threads", threads) == 2
     finally:
         demo._log.removeHandler(announcer)
     out, err = capsys.readouterr()
@@ -487,13 +510,16 @@ COUNTING = "return text"
     ("read", "workers", "sign"),
     [
         pytest.param(LOADING, 8, "reading", id="while-all-load"),
-        pytest.param(WAITING, 2, "worker-1 loaded 200 files", id="while-one-waits"),
+        pytest.param(WAITING, 2, "{}-1 loaded 200 files", id="while-one-waits"),
         pytest.param(COUNTING, 8, "all 8 workers have loaded: counting", id="while-all-count"),
     ],
 )
-def test_ctrl_c(many: Path, backend: str, read: str, workers: int, sign: str) -> None:
+@pytest.mark.parametrize("kind", ["worker", "thread"])
+def test_ctrl_c(many: Path, backend: str, read: str, workers: int, sign: str, kind: str) -> None:
     args = ["-c", patched(SLOW.format(read)), str(many), "--backend", backend]
-    command = [sys.executable, *args, "--workers", str(workers)]
+    threads = workers if kind == "thread" else 0
+    command = [sys.executable, *args, "--workers", str(workers), "--threads", str(threads)]
+    sign = sign.format(kind)
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, encoding="utf-8") as process:
         try:
@@ -508,7 +534,7 @@ def test_ctrl_c(many: Path, backend: str, read: str, workers: int, sign: str) ->
             assert process.wait(PATIENCE) == 130
         finally:
             process.kill()
-    told = re.compile(r"reading\n|worker-\d (loaded|counted) [\d,]+ (files?|words)\n")
+    told = re.compile(r"reading\n|(worker|thread)-\d (loaded|counted) [\d,]+ (files?|words)\n")
     assert [line for line in rest if not told.fullmatch(line)] == ["aiosync: interrupted\n"]
 
 
@@ -757,3 +783,13 @@ def test_whole_number() -> None:
     for text in ["0", "-1", "10001", "1e3", "", "one"]:
         with pytest.raises(argparse.ArgumentTypeError, match=re.escape(repr(text))):
             demo.whole_number(text)
+
+
+def test_a_thread_goes_home_between_two_files_when_the_run_is_over(
+    tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted(tree.rglob("*.md"))
+    crew = demo.Crew([files], 1, 1, demo.Screen(io.StringIO()))
+    crew.barrier.abort()
+    crew.work_in_thread("thread-1", files)
+    assert (crew.loaded, crew.rounds) == (0, 0)

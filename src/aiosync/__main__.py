@@ -3,10 +3,11 @@
 What must live here: a program such as a user of the package might write. It knows anyio and the
 public face of aiosync only, never a backend by its module, and nothing else depends on it.
 
-The files are shared out among the workers, which are tasks. In the first phase each worker loads
-its files; a `Semaphore` bounds how many of them read at once. In the second phase each counts what
-it has loaded, and adds that to the common result. A `Barrier` stands at the end of either phase:
-nobody counts before everybody has loaded, and nobody leaves before the result is complete.
+The files are shared out among the workers, which are tasks, and threads if so wished. In the first
+phase each worker loads its files; a `Semaphore` bounds how many of them read at once. In the second
+phase each counts what it has loaded, and adds that to the common result. A `Barrier` stands at the
+end of either phase: nobody counts before everybody has loaded, and nobody leaves before the result
+is complete. Threads use the same semaphore and barrier, through the views of `as_threading`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -29,13 +31,13 @@ import anyio
 from anyio import to_thread
 from anyio.lowlevel import checkpoint
 
-from aiosync import Barrier, Semaphore
+from aiosync import Barrier, BrokenBarrierError, Semaphore, as_threading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 _BACKENDS = ("asyncio", "trio")
-# More tasks than this show nothing new, and far more of them do not fit into the memory.
+# More workers than this show nothing new, and far more of them do not fit into the memory.
 _MOST = 10_000
 _NAME = re.compile(r"\b[^\W\d]\w*")
 _TEXT = re.compile(
@@ -68,11 +70,13 @@ class Parser(argparse.ArgumentParser):
         write_out(self.format_help().rstrip())
 
 
-def whole_number(text: str) -> int:
+def whole_number(text: str, least: int = 1) -> int:
     with suppress(ValueError):
-        if 1 <= int(text) <= _MOST:
+        if least <= int(text) <= _MOST:
             return int(text)
-    raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {_MOST}, not {text!r}")
+    raise argparse.ArgumentTypeError(
+        f"must be a whole number from {least} to {_MOST}, not {text!r}"
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,11 +84,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("path", nargs="?", metavar="FILE_OR_FOLDER", help="default: Python's standard library")
     add("--backend", choices=[*_BACKENDS, "both"], help="default: both, if trio is installed")
-    add("--workers", type=whole_number, default=8, metavar="N", help="tasks; default: 8")
+    add("--workers", type=whole_number, default=8, metavar="N", help="default: 8")
+    threads = "how many of the workers are threads; the others are tasks; default: 0"
+    add("--threads", type=partial(whole_number, least=0), default=0, metavar="M", help=threads)
     add("--limit", type=whole_number, default=3, metavar="K", help="readers at once; default: 3")
     shown = "draw a progress bar; default: if stderr is a terminal"
     add("--progress", action=argparse.BooleanOptionalAction, help=shown)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.threads > options.workers:
+        parser.error(f"of {options.workers} workers {options.threads} can't be threads")
+    return options
 
 
 def pick_backends(wish: str | None) -> list[str]:
@@ -152,7 +161,8 @@ class Screen(logging.Handler):
     def show(self, bar: str) -> None:
         """Replace the progress bar; an empty one takes it away."""
         if self.has_bar:
-            self.paint("", bar)
+            with self.lock or nullcontext():  # the lock under which `emit` is called
+                self.paint("", bar)
 
     def paint(self, line: str, bar: str) -> None:
         # Blanks do what an escape code would do, and every terminal understands them.
@@ -185,12 +195,18 @@ def write_out(text: str) -> None:
 
 
 class Crew:
-    """What the workers of one run share. They are tasks of one event loop: no lock is needed."""
+    """What the workers of one run share, be they tasks or threads."""
 
-    def __init__(self, parts: Sequence[Sequence[Path]], limit: int, screen: Screen) -> None:
+    def __init__(
+        self, parts: Sequence[Sequence[Path]], threads: int, limit: int, screen: Screen
+    ) -> None:
         self.permits = Semaphore(limit)
         self.barrier = Barrier(len(parts), self.next_phase)
-        self.parts, self.files, self.screen = parts, sum(map(len, parts)), screen
+        # A lock for the figures below, which threads change as well.
+        self.books = Semaphore(fast_acquire=True)
+        self.parts, self.threads, self.screen = parts, threads, screen
+        self.files = sum(map(len, parts))
+        self.busy = len(parts)
         self.loaded = self.reading = self.peak = self.rounds = 0
         self.counts: Counter[str] = Counter()
 
@@ -201,14 +217,22 @@ class Crew:
         self.rounds += 1
         _log.info("all %s have %s", amount(len(self.parts), "worker"), done)
 
-    async def load(self, path: Path) -> str:
-        async with self.permits:
-            self.reading += 1
-            self.peak = max(self.peak, self.reading)
-            text = await to_thread.run_sync(read_text, path)
-            self.reading -= 1
+    def begin_to_read(self) -> None:
+        self.reading += 1
+        self.peak = max(self.peak, self.reading)
+
+    def end_to_read(self) -> None:
+        self.reading -= 1
         self.loaded += 1
         self.screen.show(draw_bar(self.loaded, self.files))
+
+    async def load(self, path: Path) -> str:
+        async with self.permits:
+            async with self.books:
+                self.begin_to_read()
+            text = await to_thread.run_sync(read_text, path)
+            async with self.books:
+                self.end_to_read()
         return text
 
     async def work(self, part: Sequence[Path]) -> None:
@@ -220,14 +244,74 @@ class Crew:
         for text in texts:
             counts.update(_NAME.findall(text))
             await checkpoint()  # a chance for Ctrl-C, and for the other workers
-        self.counts.update(counts)
+        async with self.books:
+            self.counts.update(counts)
         _log.info("%s counted %s", name, amount(sum(counts.values()), "word"))
         await self.barrier.wait()
 
+    def load_in_thread(self, path: Path) -> str:
+        self.check_wanted()
+        with as_threading(self.permits):
+            with as_threading(self.books):
+                self.begin_to_read()
+            text = read_text(path)
+            with as_threading(self.books):
+                self.end_to_read()
+        return text
+
+    def check_wanted(self) -> None:
+        """Send a thread home between two pieces of work, as a checkpoint does with a task."""
+        if self.barrier.broken:
+            raise BrokenBarrierError
+
+    def work_in_thread(self, name: str, part: Sequence[Path]) -> None:
+        """Do what `work` does; the same calls, without their ``await``."""
+        barrier = as_threading(self.barrier)
+        with suppress(BrokenBarrierError):  # whoever broke it has the reason to tell
+            texts = [self.load_in_thread(path) for path in part]
+            _log.info("%s loaded %s", name, amount(len(texts), "file"))
+            barrier.wait()
+            counts: Counter[str] = Counter()
+            for text in texts:
+                self.check_wanted()
+                counts.update(_NAME.findall(text))
+            with as_threading(self.books):
+                self.counts.update(counts)
+            _log.info("%s counted %s", name, amount(sum(counts.values()), "word"))
+            barrier.wait()
+
     async def run(self) -> None:
         async with anyio.create_task_group() as group:
+            group.start_soon(self.guard)
+            limiter = anyio.CapacityLimiter(max(1, self.threads))
+            tasks = len(self.parts) - self.threads
             for number, part in enumerate(self.parts, 1):
-                group.start_soon(self.work, part, name=f"worker-{number}")
+                if number <= tasks:
+                    work = partial(self.work, part)
+                    name = f"worker-{number}"
+                else:
+                    name = f"thread-{number}"
+                    run = to_thread.run_sync
+                    work = partial(run, self.work_in_thread, name, part, limiter=limiter)
+                group.start_soon(self.until_done, work, group.cancel_scope, name=name)
+
+    async def until_done(
+        self, work: Callable[[], Awaitable[None]], scope: anyio.CancelScope
+    ) -> None:
+        await work()
+        self.busy -= 1
+        if not self.busy:
+            scope.cancel()  # for the guard
+
+    async def guard(self) -> None:
+        """When the run is over, for whatever reason, send home the threads at the barrier.
+
+        Tasks are cancelled in the usual way, but there is none if all workers are threads.
+        """
+        try:
+            await anyio.sleep_forever()
+        finally:
+            self.barrier.abort()
 
 
 def table(backend: str, crew: Crew, seconds: float) -> str:
@@ -251,7 +335,7 @@ def run(argv: Sequence[str] | None, screen: Screen) -> None:
     backends = pick_backends(options.backend)
     parts = share_out(choose_files(options.path), options.workers)
     for backend in backends:
-        crew = Crew(parts, options.limit, screen)
+        crew = Crew(parts, options.threads, options.limit, screen)
         _log.info(f"{backend}: {amount(crew.files, 'file')} for {amount(len(parts), 'worker')}")
         started = time.perf_counter()
         anyio.run(crew.run, backend=backend)
