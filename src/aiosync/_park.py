@@ -37,7 +37,7 @@ if sys.version_info >= (3, 11):
     from asyncio import BrokenBarrierError
 
     AsyncioBrokenBarrierError = BrokenBarrierError
-else:
+else:  # Python 3.10
     # There is no asyncio.Barrier yet; this is what the class would be derived from.
     AsyncioBrokenBarrierError = RuntimeError
 
