@@ -110,7 +110,8 @@ class ThreadSleeper:
 
     def __await__(self) -> Generator[Any, None, None]:
         self._bell.acquire()
-        yield from ()
+        nothing: Generator[Any, None, None] = _NOTHING_TO_AWAIT
+        return nothing
 
     async def at_most(self, timeout: float) -> None:
         self._bell.acquire(True, min(timeout, TIMEOUT_MAX))
@@ -121,14 +122,16 @@ class ThreadSleeper:
     def get_loop(self) -> object:
         return None
 
-    def set_result(self, result: None) -> None:
-        self.call_from_afar()
-
-    def call_from_afar(self) -> None:
+    def set_result(self, result: None = None) -> None:
         try:
             self._bell.release()
         except RuntimeError:
             pass  # rung twice: without the GIL, two threads may draw the same from an iterator
+
+    call_from_afar = set_result
+
+
+_NOTHING_TO_AWAIT: Any = iter(())
 
 
 def thread_sleeper() -> ThreadSleeper:
