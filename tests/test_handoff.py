@@ -71,14 +71,14 @@ class TestMatching:
         waiter = Step()
         waiter.join(queue)
         queue.put("item")
-        assert (waiter.bells, waiter.claim[0], len(queue)) == (1, "item", 0)
+        assert (waiter.bells, waiter.claim[0], queue.free()) == (1, "item", 0)
         assert waiter.leave(queue) is False
 
     def test_a_waiter_that_joins_looks_second(self) -> None:
         queue = HandoffQueue(["item"])
         waiter = Step()
         waiter.join(queue)
-        assert (waiter.bells, waiter.claim[0], len(queue)) == (1, "item", 0)
+        assert (waiter.bells, waiter.claim[0], queue.free()) == (1, "item", 0)
 
     def test_the_oldest_is_served_first(self) -> None:
         queue: HandoffQueue[str] = HandoffQueue()
@@ -100,7 +100,7 @@ class TestMatching:
         queue.items.append("item")  # another thread is in the middle of `put`
         assert queue.take_or(None) is None
         queue.match()
-        assert len(queue) == 0
+        assert queue.free() == 0
 
     def test_who_leaves_gets_nothing(self) -> None:
         queue: HandoffQueue[str] = HandoffQueue()
@@ -108,7 +108,7 @@ class TestMatching:
         waiter.join(queue)
         assert waiter.leave(queue) is True
         queue.put("item")
-        assert (waiter.bells, len(queue.waiters), len(queue)) == (0, 0, 1)
+        assert (waiter.bells, len(queue.waiters), queue.free()) == (0, 0, 1)
 
     def test_a_cancelled_waiter_is_skipped(self) -> None:
         queue: HandoffQueue[str] = HandoffQueue()
@@ -130,7 +130,7 @@ class TestRaces:
         waiter.join(queue)
         queue.put("item")
         assert left == [True]
-        assert (waiter.bells, len(queue)) == (0, 1)
+        assert (waiter.bells, queue.free()) == (0, 1)
 
     def test_who_leaves_after_the_grant_and_before_the_bell_owns_the_item(self) -> None:
         queue: HandoffQueue[str] = HandoffQueue()
@@ -139,7 +139,7 @@ class TestRaces:
         waiter.join(queue)
         queue.put("item")
         assert left == [False]
-        assert (waiter.claim[0], waiter.bells, len(queue)) == ("item", 1, 0)
+        assert (waiter.claim[0], waiter.bells, queue.free()) == ("item", 1, 0)
 
     def test_the_item_of_a_waiter_whose_loop_is_closed_goes_to_the_next(self) -> None:
         queue: HandoffQueue[str] = HandoffQueue()
@@ -150,7 +150,7 @@ class TestRaces:
         assert (second.claim[0], second.bells) == ("item", 1)
         # Its coroutine is destroyed at last, and finds that it has nothing.
         assert first.leave(queue) is True
-        assert len(queue) == 0
+        assert queue.free() == 0
 
     def test_a_coroutine_destroyed_while_its_loop_closes_takes_the_item_once(self) -> None:
         queue: HandoffQueue[str] = HandoffQueue()
@@ -159,7 +159,7 @@ class TestRaces:
         waiter.join(queue)
         queue.put("item")
         assert left == [False]
-        assert (waiter.claim[0], len(queue)) == ("item", 0)
+        assert (waiter.claim[0], queue.free()) == ("item", 0)
 
     def test_a_waiter_that_joins_while_another_is_skipped_is_served(self) -> None:
         queue: HandoffQueue[str] = HandoffQueue()
@@ -178,7 +178,7 @@ class TestRaces:
         second.join(queue)
         queue.put("outer")
         assert {first.claim[0], second.claim[0]} == {"outer", "inner"}
-        assert (first.bells, second.bells, len(queue)) == (1, 1, 0)
+        assert (first.bells, second.bells, queue.free()) == (1, 1, 0)
 
     def test_a_matcher_that_finds_the_items_gone_looks_again(self) -> None:
         queue: HandoffQueue[str] = HandoffQueue()
@@ -220,11 +220,11 @@ class TestReserves:
     def test_equal_items_beyond_the_stock_are_a_number(self) -> None:
         queue: HandoffQueue[bool] = HandoffQueue()
         queue.put_equal(True, sys.maxsize)
-        assert len(queue) == sys.maxsize
+        assert queue.free() == sys.maxsize
         assert len(queue.items) < 1000
         for _ in range(5000):
             assert queue.take_or(False) is True
-        assert len(queue) == sys.maxsize - 5000
+        assert queue.free() == sys.maxsize - 5000
         assert len(queue.items) < 1000
 
     def test_each_of_them_is_taken_once(self) -> None:
@@ -236,7 +236,7 @@ class TestReserves:
         while queue.take_or(False):
             taken += 1
         assert taken == 3307
-        assert len(queue) == 0
+        assert queue.free() == 0
         assert not queue.reserves
 
     def test_a_waiter_gets_one_of_them(self) -> None:

@@ -789,7 +789,7 @@ def test_semaphore_conserves_its_permits_in_a_storm_of_all_kinds(seed: int) -> N
 
 
 @pytest.mark.usefixtures("fast_switches")
-@pytest.mark.parametrize("seed", [4, 5, 6])
+@pytest.mark.parametrize("seed", [4, 5])
 def test_bounded_semaphore_refuses_nobody_and_loses_nothing_in_a_storm(seed: int) -> None:
     value = 1 + seed % 3
     semaphore = BoundedSemaphore(value, fast_acquire=seed % 2 == 0)
@@ -934,7 +934,7 @@ class BarrierStorm:
 
 
 @pytest.mark.usefixtures("fast_switches")
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_barrier_round_is_passed_by_all_or_none_in_a_storm_of_cancels_and_timeouts(
     seed: int,
 ) -> None:

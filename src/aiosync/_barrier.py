@@ -56,7 +56,7 @@ _RESET = "reset() was called"
 class _Round:
     """One generation of the barrier."""
 
-    __slots__ = ("bells", "decided", "fate", "next", "places", "sleepers")
+    __slots__ = ("decided", "fate", "next", "places", "sleepers")
 
     def __init__(self, places: list[int]) -> None:
         # The indices not yet given out, taken from the right: 0 first, parties - 1 last. To remove
@@ -64,13 +64,12 @@ class _Round:
         self.places = places
         # Who is to be woken once the fate is known, in the order in which they came.
         self.sleepers: list[Sleeper] = []
-        # The same, one by one: to draw one is to claim the right to wake it.
-        self.bells = iter(self.sleepers)
         # Written by setdefault only, so each key once:
         #   "fate": by who came first, the last party (TRIPPED, or FULL if there is an action) or
         #       somebody who breaks the round
         #   "verdict": after FULL, how the action ended: TRIPPED, or broken
         #   "next": the round to join instead, if this one has tripped or was broken and then reset
+        #   "latecomers": those who found no place while the action runs; woken with the sleepers
         self.decided: dict[str, Any] = {}
         # TRIPPED or broken; None while it fills and while its action runs. Written before the
         # sleepers are woken, and never changed. A copy, because all look at it all the time.
@@ -92,8 +91,13 @@ class _Round:
         # Also if somebody else decided it and has not come to this yet: it is true from now on.
         self.fate = decided
         if decided is broken:
-            wake_all(self.bells)
+            self.wake()
         return decided is broken
+
+    def wake(self) -> None:
+        """Wake everybody, the fate being known. Does no harm if it is done again."""
+        wake_all(self.sleepers)
+        wake_all(self.decided.get("latecomers", ()))
 
     def error(self) -> BrokenBarrierError:
         """Return what to raise for who lost against somebody that broke the round."""
@@ -140,44 +144,44 @@ class _Rounds:
             if fate is None:
                 return round
             if fate is not _TRIPPED:
-                raise round.error()
+                error = round.error()
+                del round  # see Barrier.wait
+                raise error
 
-    def fill(self, round: _Round) -> Callable[[], object] | None:
-        """Arrive as the last party: trip the round, or return the action to be run before.
+    def fill(self, round: _Round) -> bool:
+        """Arrive as the last party: trip the round, or let the action decide.
 
-        :raises BrokenBarrierError: if the round was broken before, or has just been abandoned
+        :return: False if the round was broken before, or has just been abandoned
         """
         # Cancelled before we came, although it has not run since: then it was not here with us.
         if any(map(_cancelled, round.sleepers)):
             round.break_(_GAVE_UP, although_full=False)
         if self.action is None:
-            self.trip(round, "fate")
-        elif round.decided.setdefault("fate", _FULL) is not _FULL:
-            raise round.error()
-        return self.action
+            return self.trip(round, "fate")
+        return round.decided.setdefault("fate", _FULL) is _FULL
 
-    def trip(self, round: _Round, key: str) -> None:
-        """Let everybody pass.
-
-        :raises BrokenBarrierError: if the round was broken before
-        """
+    def trip(self, round: _Round, key: str) -> bool:
+        """Let everybody pass; False if the round was broken before."""
         if round.decided.setdefault(key, _TRIPPED) is not _TRIPPED:
-            raise round.error()
+            return False
         round.fate = _TRIPPED
         self.latest = self.after(round)
-        wake_all(round.bells)
+        round.wake()
+        return True
 
     def abort(self) -> None:
         round = self.current()
         while not round.break_(_ABORTED, although_full=True):
             following = self.current()
             if following is round:
-                return  # it was broken before
+                round.wake()  # it was broken before; in case that was interrupted
+                return
             round = following  # it has just tripped
 
     def reset(self) -> None:
         round = self.current()
-        round.break_(_RESET, although_full=True)
+        if not round.break_(_RESET, although_full=True):
+            round.wake()
         self.latest = self.after(round)
 
 
@@ -246,62 +250,76 @@ class Barrier:
         :raises BrokenBarrierError: if the barrier is broken, or is broken or reset while waiting
         :raises TypeError: if `timeout` is no number
         :raises ValueError: if `timeout` is NaN
-        :raises anyio.NoEventLoopError: if not run by asyncio or trio; nobody has arrived then
+        :raises anyio.NoEventLoopError: if it would have to wait, and is not run by asyncio or trio;
+            it has not arrived then
         """
         timeout = self._timeout if timeout is None else check_timeout(timeout)
         rounds = self._rounds
-        while True:
-            round = rounds.latest
-            if round.fate is not None:
-                round = rounds.unbroken()
-            places = round.places
-            # Made before we arrive, since it fails outside of an event loop; the last to arrive
-            # needs none.
-            sleeper = None if len(places) == 1 else self._new_sleeper()
+        try:
+            while True:
+                round = rounds.latest
+                if round.fate is not None:
+                    round = rounds.unbroken()
+                # Made before we arrive, since it fails outside of an event loop. Who arrives last
+                # needs none, but where there is only one party, that is to make a checkpoint.
+                last = len(round.places) == 1 and rounds.last
+                sleeper = None if last else self._new_sleeper()
+                try:
+                    index = round.places.pop()
+                    break
+                except IndexError:
+                    if sleeper is not None:
+                        # The action is running: there is no place for us before it has ended.
+                        round.decided.setdefault("latecomers", []).append(sleeper)
+                        if round.fate is None:
+                            await sleeper
+                except BaseException:
+                    # A signal handler has raised, and we may have arrived.
+                    round.break_(_CANCELLED, although_full=False)
+                    raise
+            if index == rounds.last:
+                try:
+                    if not rounds.fill(round):
+                        raise round.error()
+                    if rounds.action is not None:
+                        result = rounds.action()
+                        if isawaitable(result):
+                            await result
+                        if not rounds.trip(round, "verdict"):
+                            raise round.error()
+                except BaseException:
+                    reason = _ACTION_FAILED if rounds.action is not None else _CANCELLED
+                    if not round.break_(reason, although_full=True):
+                        round.wake()  # in case a signal handler has raised in the middle of it
+                    raise
+                if index == 0 and self._new_sleeper is task_sleeper:
+                    # Nobody ever waits for others here, so others might never run.
+                    await checkpoint()
+                return index
             try:
-                index = places.pop()
-                break
-            except IndexError:
-                if sleeper is not None:
-                    # The action is running: there is no place for us before it has ended.
+                assert sleeper is not None  # there was more than one place
+                round.sleepers.append(sleeper)
+                if round.fate is None:
+                    if timeout is None:
+                        await sleeper
+                    elif timeout > 0:
+                        await at_most(sleeper, timeout)
+                if round.fate is None and not round.break_(_TIMED_OUT, although_full=False):
+                    # Too late for that: all have arrived. What becomes of the round is not known.
+                    sleeper = self._new_sleeper()
                     round.sleepers.append(sleeper)
                     if round.fate is None:
                         await sleeper
-        if index == rounds.last:
-            action = rounds.fill(round)
-            if action is not None:
-                try:
-                    result = action()
-                    if isawaitable(result):
-                        await result
-                except BaseException:
-                    round.break_(_ACTION_FAILED, although_full=True)
-                    raise
-                rounds.trip(round, "verdict")
-            if index == 0 and self._new_sleeper is task_sleeper:
-                # Nobody ever waits for others here, so others might never run.
-                await checkpoint()
+            except BaseException:
+                round.break_(_CANCELLED, although_full=False)
+                raise
+            if round.fate is not _TRIPPED:
+                raise round.error()
             return index
-        assert sleeper is not None  # there was more than one place
-        round.sleepers.append(sleeper)
-        try:
-            if round.fate is None:
-                if timeout is None:
-                    await sleeper
-                elif timeout > 0:
-                    await at_most(sleeper, timeout)
-            if round.fate is None and not round.break_(_TIMED_OUT, although_full=False):
-                # Too late for that: all have arrived. What becomes of the round is not known yet.
-                sleeper = self._new_sleeper()
-                round.sleepers.append(sleeper)
-                if round.fate is None:
-                    await sleeper
-        except BaseException:
-            round.break_(_CANCELLED, although_full=False)
-            raise
-        if round.fate is not _TRIPPED:
-            raise round.error()
-        return index
+        finally:
+            # Or else an exception that somebody keeps would keep this round, by its traceback, and
+            # so all that come after it.
+            del round
 
     def abort(self) -> None:
         """Break the barrier: who waits, or calls `wait` later, gets BrokenBarrierError.

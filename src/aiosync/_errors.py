@@ -55,7 +55,7 @@ def check_timeout(timeout: float | None) -> float | None:
         raise TypeError(
             f"timeout must be a number of seconds or None, not {type(timeout).__name__}"
         )
-    if isnan(timeout):
+    if isinstance(timeout, float) and isnan(timeout):
         raise ValueError("timeout must be a number of seconds or None, not NaN")
     # Nobody can tell 30 years from for ever, but timers of some event loops overflow on the latter.
     return None if timeout > _FOR_EVER else timeout

@@ -94,8 +94,8 @@ class HandoffQueue(Generic[T]):
         # Iterators over further free items, drawn upon when `items` runs out.
         self.reserves: deque[Iterator[T]] = deque()
 
-    def __len__(self) -> int:
-        """Return how many items are free."""
+    def free(self) -> int:
+        """Return how many items are free; no ``__len__``, since that may not exceed sys.maxsize."""
         return len(self.items) + sum(length_hint(reserve) for reserve in self.reserves.copy())
 
     def put(self, item: T) -> None:

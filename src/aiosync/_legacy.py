@@ -12,13 +12,14 @@ All these threads are our own, so that no worker thread of anyio's is occupied.
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any, overload
 
 from anyio import CancelScope
 
 from ._errors import check_timeout, patience, refuse_pickling
 from ._handoff import HandoffQueue, new_claim
-from ._park import at_most, checkpoint, task_sleeper, wake_all
+from ._park import at_most, checkpoint, deserted, task_sleeper, wake_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -42,8 +43,8 @@ class _Helper:
         # Tries for so many seconds; something true if it was successful.
         self._try = try_for
         self._give_back = give_back
-        # What was got and is being handed over; no item stays here while nobody waits.
-        self.queue: HandoffQueue[bool] = HandoffQueue()
+        # What was got, or what went wrong, being handed over; nothing stays in while nobody waits.
+        self.queue: HandoffQueue[bool | BaseException] = HandoffQueue()
         # Protects the two below; held for an instant by the helper and by tasks.
         self._lock = threading.Lock()
         # Whether no helper is running.
@@ -57,8 +58,9 @@ class _Helper:
         When this returns False or raises, the helper has come out of the foreign object, unless
         others still wait.
         """
+        waiter = task_sleeper()
         try:
-            got = await self._wait(timeout)
+            got = await self._wait(waiter, timeout)
         except GeneratorExit:
             raise  # nobody runs us any more, so we can't wait
         except BaseException:
@@ -68,8 +70,7 @@ class _Helper:
             await self._come_out()
         return got
 
-    async def _wait(self, timeout: float | None) -> bool:
-        waiter = task_sleeper()
+    async def _wait(self, waiter: Sleeper, timeout: float | None) -> bool:
         claim = new_claim()
         try:
             self.queue.join(waiter, claim)
@@ -77,40 +78,55 @@ class _Helper:
             await (waiter if timeout is None else at_most(waiter, timeout))
         except BaseException:
             if not self.queue.leave(waiter, claim):
-                self._pass_on()
+                self._pass_on(claim[0])
             raise
-        return timeout is None or not self.queue.leave(waiter, claim)
+        if timeout is not None and self.queue.leave(waiter, claim):
+            return False
+        if isinstance(claim[0], BaseException):
+            raise claim[0]
+        return True
 
     def _send(self) -> None:
         with self._lock:
-            if not self._out:
-                return
-            self._out = False
-        try:
-            _start(self._run)
-        except BaseException:
-            self._out = True
-            raise
+            if self._out:
+                _start(self._run)
+                self._out = False
 
     def _run(self) -> None:
-        while True:
-            if self._try(_MOMENT):
-                self._pass_on()
-            with self._lock:
-                if not self.queue.waiters:
-                    self._out = True
-                    sleepers, self._sleepers = self._sleepers, []
-                    break
-        wake_all(iter(sleepers))
-
-    def _pass_on(self) -> None:
-        """Hand what was got to the oldest who waits, or back."""
-        self.queue.put(True)
-        while self.queue.take_or(False):
+        error: BaseException | None = None
+        while not self._stop(error):
             try:
-                self._give_back()
-            except (ValueError, RuntimeError):
-                pass  # somebody else has released it in our place
+                if self._try(_MOMENT):
+                    self._pass_on(True)
+            except BaseException as caught:
+                error = caught
+
+    def _stop(self, error: BaseException | None) -> bool:
+        """Stop if nobody waits any more, or if there was an error; tell all who are concerned."""
+        waiters = self.queue.waiters
+        for waiter in list(waiters):
+            if deserted(waiter):
+                waiters.pop(waiter, None)
+        with self._lock:
+            if waiters and error is None:
+                return False
+            self._out = True
+            sleepers, self._sleepers = self._sleepers, []
+        if error is not None:
+            for _ in range(len(waiters)):
+                self._pass_on(error)
+        wake_all(sleepers)
+        return True
+
+    def _pass_on(self, got: bool | BaseException) -> None:
+        """Hand what was got to the oldest who waits, or back."""
+        self.queue.put(got)
+        while left := self.queue.take_or(False):
+            if left is True:
+                try:
+                    self._give_back()
+                except (ValueError, RuntimeError):
+                    pass  # somebody else has released it in our place
 
     async def _come_out(self) -> None:
         """Wait until no helper is inside the foreign object, unless others wait for it."""
@@ -221,14 +237,29 @@ class TaskLock(_Acquirable):
         return bool(self._owned.locked())
 
 
+class _Vigil:
+    """What the helper of an event and those who wait for it have in common."""
+
+    __slots__ = ("over", "sleepers")
+
+    def __init__(self) -> None:
+        self.over = False
+        self.sleepers: dict[Sleeper, None] = {}
+
+
 class TaskEvent(_View):
     """What `from_threading` makes of a `threading.Event`."""
 
-    __slots__ = ("_helper",)
+    __slots__ = ("_lock", "_vigil")
 
     def __init__(self, owned: threading.Event) -> None:
         super().__init__(owned)
-        self._helper = _Helper(owned.wait, lambda: None)
+        # Protects the one below; held for an instant by the helper and by tasks.
+        self._lock = threading.Lock()
+        # That of the helper that waits for the event; None if there is none. It waits until the
+        # event is set, even if nobody cares any more: a thread that waits for an event takes
+        # nothing from anybody. If it looked around it might miss one that is cleared at once.
+        self._vigil: _Vigil | None = None
 
     async def wait(self, timeout: float | None = None) -> bool:
         """Wait until the event is set.
@@ -236,16 +267,36 @@ class TaskEvent(_View):
         May be called from any task under asyncio or trio, and may be cancelled.
 
         :param timeout: how many seconds to wait at most; 0 or less: do not wait; None: no limit
-        :return: True if the event is set, False if it was not in time; as `threading.Event.wait`
+        :return: True if the event is or was set, False if it was not in time; as
+            `threading.Event.wait`
         :raises TypeError: if `timeout` is no number
         :raises ValueError: if `timeout` is NaN
         :raises anyio.NoEventLoopError: if not run by asyncio or trio
         """
         timeout = patience(True, timeout)
-        if timeout != 0 and not self._owned.is_set():
-            return await self._helper.get(timeout) or self._owned.is_set()
-        await checkpoint()
-        return bool(self._owned.is_set())
+        if timeout == 0 or self._owned.is_set():
+            await checkpoint()
+            return bool(self._owned.is_set())
+        sleeper = task_sleeper()
+        with self._lock:
+            vigil = self._vigil
+            if vigil is None:
+                vigil = _Vigil()
+                _start(lambda: self._keep(vigil))
+                self._vigil = vigil
+            vigil.sleepers[sleeper] = None
+        try:
+            await (sleeper if timeout is None else at_most(sleeper, timeout))
+        finally:
+            vigil.sleepers.pop(sleeper, None)
+        return vigil.over
+
+    def _keep(self, vigil: _Vigil) -> None:
+        self._owned.wait()
+        with self._lock:
+            self._vigil = None
+            vigil.over = True
+        wake_all(list(vigil.sleepers))
 
     def is_set(self) -> bool:
         """Tell whether the event is set."""
@@ -282,7 +333,8 @@ class TaskBarrier(_View):
         :raises ValueError: if `timeout` is NaN
         :raises anyio.NoEventLoopError: if not run by asyncio or trio
         """
-        timeout = check_timeout(timeout)
+        if timeout is not None and check_timeout(timeout) is None:
+            timeout = threading.TIMEOUT_MAX  # for ever; None would mean the barrier's own
         sleeper = task_sleeper()
         outcome: list[int | BaseException] = []
 
@@ -291,25 +343,40 @@ class TaskBarrier(_View):
                 outcome.append(self._owned.wait(timeout))
             except BaseException as error:
                 outcome.append(error)
-            wake_all(iter([sleeper]))
+            wake_all([sleeper])
 
         _start(arrive)
         try:
             await sleeper
         except GeneratorExit:
-            self._owned.abort()
+            # Nobody runs us any more, so we can't wait. By a thread, since an action that is
+            # running holds the lock of the barrier.
+            if not outcome:
+                _start(self._owned.abort)
             raise
         except BaseException:
-            # Again and again, since it may not have arrived before somebody else calls reset().
-            while not outcome:
-                self._owned.abort()
-                with CancelScope(shield=True):
-                    await at_most(task_sleeper(), _MOMENT / 10)
+            if not outcome:
+                await self._call_back(outcome)
             raise
         [found] = outcome
         if isinstance(found, BaseException):
             raise found
         return found
+
+    async def _call_back(self, outcome: list[int | BaseException]) -> None:
+        """Abort the barrier until the thread of a cancelled task has come out of it."""
+
+        def call_back() -> None:
+            # Again and again, since it may not have arrived before somebody else calls reset().
+            while not outcome:
+                self._owned.abort()
+                time.sleep(_MOMENT / 20)
+            wake_all([sleeper])
+
+        with CancelScope(shield=True):
+            sleeper = task_sleeper()
+            _start(call_back)
+            await sleeper
 
     def abort(self) -> None:
         """Break the barrier. May be called from anywhere. See `threading.Barrier.abort`."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union
 from anyio import NoEventLoopError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Coroutine, Generator, Iterator
+    from collections.abc import Awaitable, Coroutine, Generator, Iterable
 
     from trio.lowlevel import Abort, Task, TrioToken
 
@@ -58,10 +58,11 @@ class TrioSleeper:
 
     def __await__(self) -> Generator[Any, None, None]:
         self._asleep = True
-        found: Generator[Any, None, None] = self._trio.lowlevel.wait_task_rescheduled(
-            self._abort
-        ).__await__()
-        return found
+        try:
+            yield from self._trio.lowlevel.wait_task_rescheduled(self._abort).__await__()
+        finally:
+            # If KeyboardInterrupt comes before it sleeps, no late bell may disturb its next sleep.
+            self._asleep = False
 
     def _abort(self, raise_cancel: object) -> Abort:
         self._asleep = False
@@ -126,7 +127,7 @@ class ThreadSleeper:
         try:
             self._bell.release()
         except RuntimeError:
-            pass  # rung twice: without the GIL, two threads may draw the same from an iterator
+            pass  # rung before
 
     call_from_afar = set_result
 
@@ -154,7 +155,8 @@ def thread_sleeper() -> ThreadSleeper:
 #                       Exact on the thread of that loop. From elsewhere a False may be out of date:
 #                       harmless, the owner finds out what was decided when it tries to leave.
 #   get_loop()          The event loop, the trio token or None (a thread).
-#   set_result(None)    Ring the bell from `here`, that is if `here` returned the same loop.
+#   set_result(None)    Ring the bell from `here`, that is if `here` returned the same loop. More
+#                       than once does no harm; a Future raises InvalidStateError then.
 Sleeper = Union["Future[None]", TrioSleeper, ThreadSleeper]
 
 
@@ -222,7 +224,7 @@ def here() -> object:
 
 
 def wake(sleeper: Sleeper, at: object) -> bool:
-    """Ring the bell of `sleeper`, which nobody has done before; from any thread.
+    """Ring the bell of `sleeper`, from any thread.
 
     :param at: what `here` returned in this very step
     :return: False if nobody is left to hear it, because the event loop has closed
@@ -244,12 +246,8 @@ def wake(sleeper: Sleeper, at: object) -> bool:
     return True
 
 
-def wake_all(sleepers: Iterator[Sleeper]) -> None:
-    """Ring the bells of all `sleepers` in their order, from any thread.
-
-    Several may do this with one iterator at the same time: to draw from it is to claim the right to
-    wake.
-    """
+def wake_all(sleepers: Iterable[Sleeper]) -> None:
+    """Ring the bells of all `sleepers`, in their order, from any thread."""
     at = here()
     for sleeper in sleepers:
         # What `wake` does in the most common case, without the call.
@@ -260,6 +258,11 @@ def wake_all(sleepers: Iterator[Sleeper]) -> None:
                 pass
         else:
             wake(sleeper, at)
+
+
+def deserted(sleeper: Sleeper) -> bool:
+    """Tell whether the loop of `sleeper` has closed, as far as can be seen without waking it."""
+    return isinstance(sleeper, Future) and sleeper.get_loop().is_closed()
 
 
 def _ring(future: Future[None]) -> None:

@@ -99,17 +99,19 @@ class Semaphore:
             by asyncio or trio
         """
         if self._detour or timeout is not None or not blocking:
-            return await self._acquire_slowly(patience(blocking, timeout))
+            return await self._acquire_slowly(blocking, timeout)
         try:
             return self._items.pop()
         except IndexError:
-            return await self._acquire_slowly(None)
+            return await self._acquire_slowly(True, None)
 
-    async def _acquire_slowly(self, timeout: float | None) -> bool:
+    async def _acquire_slowly(self, blocking: bool, timeout: float | None) -> bool:
         # A coroutine of its own, because the local variables of this one would make every fast
         # acquire 4% slower.
+        if timeout is not None or not blocking:
+            timeout = patience(blocking, timeout)
         queue = self._queue
-        acquired = queue.take_or(False)
+        acquired = not self._waiters and queue.take_or(False)
         if acquired or timeout == 0:
             if not self._fast_acquire:
                 try:
@@ -174,12 +176,12 @@ class Semaphore:
 
     def locked(self) -> bool:
         """Tell whether `acquire` would have to wait. The same as `asyncio.Semaphore.locked`."""
-        return bool(self._waiters) or not self._queue
+        return bool(self._waiters) or not self._queue.free()
 
     @property
     def value(self) -> int:
         """How many permits are free. The same as in `anyio.Semaphore` and `trio.Semaphore`."""
-        return len(self._queue)
+        return self._queue.free()
 
     def statistics(self) -> SemaphoreStatistics:
         """Return how many wait, tasks and threads counted alike. As `anyio.Semaphore.statistics`.
