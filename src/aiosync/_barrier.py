@@ -97,7 +97,9 @@ class _Round:
     def wake(self) -> None:
         """Wake everybody, the fate being known. Does no harm if it is done again."""
         wake_all(self.sleepers)
-        wake_all(self.decided.get("latecomers", ()))
+        latecomers = self.decided.get("latecomers")
+        if latecomers is not None:
+            wake_all(latecomers)
 
     def error(self) -> BrokenBarrierError:
         """Return what to raise for who lost against somebody that broke the round."""
@@ -185,6 +187,12 @@ class _Rounds:
         self.latest = self.after(round)
 
 
+async def _run(action: Callable[[], object]) -> None:
+    result = action()
+    if isawaitable(result):
+        await result
+
+
 class Barrier:
     """A point that `parties` tasks or threads reach before any of them goes on; reusable.
 
@@ -262,8 +270,7 @@ class Barrier:
                     round = rounds.unbroken()
                 # Made before we arrive, since it fails outside of an event loop. Who arrives last
                 # needs none, but where there is only one party, that is to make a checkpoint.
-                last = len(round.places) == 1 and rounds.last
-                sleeper = None if last else self._new_sleeper()
+                sleeper = None if len(round.places) == 1 and rounds.last else self._new_sleeper()
                 try:
                     index = round.places.pop()
                     break
@@ -282,14 +289,14 @@ class Barrier:
                     if not rounds.fill(round):
                         raise round.error()
                     if rounds.action is not None:
-                        result = rounds.action()
-                        if isawaitable(result):
-                            await result
+                        await _run(rounds.action)
                         if not rounds.trip(round, "verdict"):
                             raise round.error()
                 except BaseException:
-                    reason = _ACTION_FAILED if rounds.action is not None else _CANCELLED
-                    if not round.break_(reason, although_full=True):
+                    if not round.break_(
+                        _CANCELLED if rounds.action is None else _ACTION_FAILED,
+                        although_full=True,
+                    ):
                         round.wake()  # in case a signal handler has raised in the middle of it
                     raise
                 if index == 0 and self._new_sleeper is task_sleeper:
