@@ -1,0 +1,203 @@
+"""An exception out of nowhere, as a signal handler raises it, at the worst places of a call."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from aiosync import Barrier, BrokenBarrierError, Semaphore, _barrier, as_threading
+
+
+class Interrupt(BaseException):
+    """What a handler of SIGINT might raise."""
+
+
+def interrupt_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Let the next call of a function raise before it does anything."""
+    genuine = getattr(owner, name)
+    done = False
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        if not done:
+            done = True
+            raise Interrupt
+        return genuine(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+def wait_in_threads(barrier: Barrier, count: int) -> tuple[list[threading.Thread], list[object]]:
+    """Let `count` threads wait; return them, and what will have come of it."""
+    outcomes: list[object] = []
+
+    def wait() -> None:
+        try:
+            outcomes.append(as_threading(barrier).wait())
+        except BrokenBarrierError:
+            outcomes.append("broken")
+
+    threads = [threading.Thread(target=wait, daemon=True) for _ in range(count)]
+    for number, thread in enumerate(threads):
+        thread.start()
+        deadline = time.monotonic() + 10
+        while barrier.n_waiting <= number:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    return threads, outcomes
+
+
+def join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+class TestTheLastPartyOfABarrier:
+    @pytest.mark.parametrize(
+        ("owner", "name", "expected"),
+        [
+            (_barrier._Rounds, "fill", ["broken", "broken"]),
+            (_barrier._Rounds, "trip", ["broken", "broken"]),
+            # From here on the round has tripped, and stays so.
+            (_barrier._Rounds, "after", [0, 1]),
+            (_barrier, "wake_all", [0, 1]),
+        ],
+    )
+    def test_interrupted_anywhere_it_tells_the_others(
+        self, owner: Any, name: str, expected: list[object], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        barrier = Barrier(3)
+        threads, outcomes = wait_in_threads(barrier, 2)
+        interrupt_once(monkeypatch, owner, name)
+        with pytest.raises(Interrupt):
+            as_threading(barrier).wait()
+        join(threads)
+        assert sorted(outcomes, key=str) == expected
+        assert barrier.broken is ("broken" in expected)
+
+    def test_interrupted_as_it_arrives_it_breaks_the_round(self) -> None:
+        class Places(list[int]):
+            def pop(self, index: Any = -1) -> int:
+                super().pop(index)
+                raise Interrupt  # it has arrived, and does not know it
+
+        barrier = Barrier(3)
+        threads, outcomes = wait_in_threads(barrier, 2)
+        barrier._rounds.latest.places = Places(barrier._rounds.latest.places)
+        with pytest.raises(Interrupt):
+            as_threading(barrier).wait()
+        join(threads)
+        assert outcomes == ["broken", "broken"]
+
+
+@pytest.mark.parametrize("how", ["abort", "reset"])
+def test_an_abort_that_was_interrupted_can_be_done_again(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    barrier = Barrier(3)
+    threads, outcomes = wait_in_threads(barrier, 2)
+    interrupt_once(monkeypatch, _barrier, "wake_all")
+    with pytest.raises(Interrupt):
+        barrier.abort()
+    assert barrier.broken
+    getattr(barrier, how)()
+    join(threads)
+    assert outcomes == ["broken", "broken"]
+    assert barrier.broken is (how == "abort")
+
+
+@pytest.mark.parametrize("wait", [Semaphore(0).acquire, Barrier(2).wait])
+def test_a_trio_task_interrupted_before_it_sleeps_is_not_woken_from_another_sleep(
+    wait: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            interrupt_once(patch, trio.lowlevel, "wait_task_rescheduled")
+            with pytest.raises(Interrupt):
+                await wait()
+        # A bell that is rung late now would make trio fail.
+        await trio.sleep(5)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_an_error_that_is_kept_keeps_no_later_round() -> None:
+    barrier = Barrier(2)
+    kept: list[BaseException] = []
+
+    async def party() -> None:
+        try:
+            await barrier.wait()
+        except BrokenBarrierError as error:
+            kept.append(error)
+
+    async def main() -> None:
+        for how in (barrier.reset, barrier.abort):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(party)
+                await trio.testing.wait_all_tasks_blocked()
+                how()
+        await party()  # raises at once
+        barrier.reset()
+        for _ in range(50):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(party)
+                nursery.start_soon(party)
+
+    trio.run(main)
+    assert len(kept) == 3
+    gc.collect()
+    rounds = [found for found in gc.get_objects() if isinstance(found, _barrier._Round)]
+    latest = barrier._rounds.latest
+    assert [found for found in rounds if found is not latest and found.places == []] == []
+
+
+def test_a_latecomer_is_no_party_and_may_leave() -> None:
+    barrier = Barrier(2)
+    threads, outcomes = wait_in_threads(barrier, 1)
+    round = barrier._rounds.latest
+
+    class Cancelled:
+        """A task that found no place just before the last party fills the round, and left."""
+
+        def cancelled(self) -> bool:
+            return True
+
+        def get_loop(self) -> object:
+            return None
+
+        def set_result(self, result: None) -> None:
+            pass
+
+    round.decided.setdefault("latecomers", []).append(Cancelled())
+    assert as_threading(barrier).wait() == 1
+    join(threads)
+    assert outcomes == [0]
+
+
+def test_a_barrier_of_one_runs_no_action_outside_of_an_event_loop() -> None:
+    ran: list[int] = []
+    barrier = Barrier(1, lambda: ran.append(1))
+    coroutine = barrier.wait()
+    with pytest.raises(RuntimeError, match="no asyncio or trio event loop is running"):
+        coroutine.send(None)
+    assert ran == []
+    assert as_threading(barrier).wait() == 0
+    assert ran == [1]
+
+
+def test_more_permits_than_can_be_counted_by_len() -> None:
+    semaphore = Semaphore(sys.maxsize)
+    semaphore.release(2)
+    assert semaphore.value == sys.maxsize + 2
+    assert not semaphore.locked()
+    assert f"value={sys.maxsize + 2}" in repr(semaphore)
