@@ -97,11 +97,9 @@ async def test_a_wait_for_an_event_that_ends_leaves_no_trace() -> None:
     view = from_threading(event)
     for _ in range(20):
         assert await view.wait(0.001) is False
-    assert view._vigil is not None
-    assert view._vigil.sleepers == {}
-    assert helpers() == 1
-    event.set()
+    assert view._vigil is None or view._vigil.sleepers == {}
     await until(lambda: helpers() == 0)
+    event.set()
     assert await view.wait() is True
 
 

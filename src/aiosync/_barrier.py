@@ -19,7 +19,7 @@ from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Union
 
 from ._errors import BrokenBarrierError, check_count, check_timeout, refuse_pickling
-from ._park import at_most, checkpoint, task_sleeper, thread_sleeper, wake_all
+from ._park import at_most, checkpoint, critical, task_sleeper, thread_sleeper, wake_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -77,6 +77,7 @@ class _Round:
         # The same of "next".
         self.next: _Round | None = None
 
+    @critical
     def break_(self, reason: str, *, although_full: bool) -> bool:
         """Break the round for all who are in it; False if its fate was decided before.
 
@@ -94,6 +95,7 @@ class _Round:
             self.wake()
         return decided is broken
 
+    @critical
     def wake(self) -> None:
         """Wake everybody, the fate being known. Does no harm if it is done again."""
         wake_all(self.sleepers)
@@ -123,10 +125,13 @@ class _Rounds:
     def current(self) -> _Round:
         """Return the round that newcomers join, or the one that keeps the barrier broken."""
         round = self.latest
-        while round.fate is _TRIPPED or round.next is not None:
-            round = self.after(round)
+        if round.fate is not None:
+            while round.fate is _TRIPPED or round.next is not None:
+                round = self.after(round)
+            self.latest = round
         return round
 
+    @critical
     def after(self, round: _Round) -> _Round:
         """Return the round after `round`, which is over."""
         following = round.next
@@ -146,10 +151,12 @@ class _Rounds:
             if fate is None:
                 return round
             if fate is not _TRIPPED:
-                error = round.error()
-                del round  # see Barrier.wait
-                raise error
+                try:
+                    raise round.error()
+                finally:
+                    del round  # see Barrier.wait
 
+    @critical
     def fill(self, round: _Round) -> bool:
         """Arrive as the last party: trip the round, or let the action decide.
 
@@ -162,6 +169,7 @@ class _Rounds:
             return self.trip(round, "fate")
         return round.decided.setdefault("fate", _FULL) is _FULL
 
+    @critical
     def trip(self, round: _Round, key: str) -> bool:
         """Let everybody pass; False if the round was broken before."""
         if round.decided.setdefault(key, _TRIPPED) is not _TRIPPED:
@@ -171,6 +179,7 @@ class _Rounds:
         round.wake()
         return True
 
+    @critical
     def abort(self) -> None:
         round = self.current()
         while not round.break_(_ABORTED, although_full=True):
@@ -180,6 +189,7 @@ class _Rounds:
                 return
             round = following  # it has just tripped
 
+    @critical
     def reset(self) -> None:
         round = self.current()
         if not round.break_(_RESET, although_full=True):
@@ -238,12 +248,14 @@ class Barrier:
         twin._new_sleeper = thread_sleeper
         return twin
 
+    @critical
     async def wait(self, timeout: float | None = None) -> int:
         """Wait until all parties have called this.
 
         May be called from any task under asyncio or trio. If it is cancelled before the last party
         has arrived, the barrier is broken for all, and the cancellation is raised here. If it is
-        cancelled later, the cancellation is raised here, and nobody else is concerned.
+        cancelled later, the cancellation is raised here, and nobody else is concerned. Who comes
+        while the action of a round runs arrives after that, whatever its timeout, as in threading.
 
         The party that arrives last does not yield to the event loop, unless the action does, or
         there is only one party; the same as `asyncio.Barrier.wait`.
@@ -263,14 +275,18 @@ class Barrier:
         """
         timeout = self._timeout if timeout is None else check_timeout(timeout)
         rounds = self._rounds
+        round = rounds.latest
         try:
             while True:
                 round = rounds.latest
                 if round.fate is not None:
                     round = rounds.unbroken()
-                # Made before we arrive, since it fails outside of an event loop. Who arrives last
-                # needs none, but where there is only one party, that is to make a checkpoint.
-                sleeper = None if len(round.places) == 1 and rounds.last else self._new_sleeper()
+                # Made before we arrive, since it may fail. Who arrives last needs none; but a task
+                # that is the only party makes a checkpoint, which fails where this does.
+                if len(round.places) == 1 and (rounds.last or self._new_sleeper is thread_sleeper):
+                    sleeper = None
+                else:
+                    sleeper = self._new_sleeper()
                 try:
                     index = round.places.pop()
                     break

@@ -32,7 +32,7 @@ from itertools import islice, repeat
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from ._park import FREE_THREADED, here, wake
+from ._park import FREE_THREADED, critical, here, wake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -98,12 +98,14 @@ class HandoffQueue(Generic[T]):
         """Return how many items are free; no ``__len__``, since that may not exceed sys.maxsize."""
         return len(self.items) + sum(length_hint(reserve) for reserve in self.reserves.copy())
 
+    @critical
     def put(self, item: T) -> None:
         """Add `item`: it goes to the oldest waiter, or is free."""
         self.items.append(item)
         if self.waiters:
             self.match()
 
+    @critical
     def put_equal(self, item: T, n: int) -> None:
         """Add `item` `n` times; the memory this takes does not depend on `n`."""
         self.items.extend(repeat(item, min(n, _STOCK)))
@@ -112,6 +114,7 @@ class HandoffQueue(Generic[T]):
         if self.waiters:
             self.match()
 
+    @critical
     def take_or(self, default: D) -> T | D:
         """Remove and return a free item, or `default`: none is free, or somebody waits for it."""
         while not self.waiters:
@@ -122,6 +125,7 @@ class HandoffQueue(Generic[T]):
                     break
         return default
 
+    @critical
     def join(self, waiter: Sleeper, claim: Claim) -> None:
         """Let `waiter` wait for an item. It may be granted one, and woken, before this returns.
 
@@ -134,6 +138,7 @@ class HandoffQueue(Generic[T]):
         if self.items or self.reserves:
             self.match()
 
+    @critical
     def leave(self, waiter: Sleeper, claim: Claim) -> bool:
         """End the wait of `waiter`, which calls this itself, once, when it sleeps no more.
 
@@ -147,6 +152,7 @@ class HandoffQueue(Generic[T]):
         # The spacer, if a matcher took the item back because our loop had closed.
         return ticket is not _COLLECTS
 
+    @critical
     def match(self) -> None:
         """Hand free items to waiters, the oldest first, until one of the two has run out."""
         items, waiters = self.items, self.waiters
@@ -169,6 +175,7 @@ class HandoffQueue(Generic[T]):
                     continue
             items.append(item)
 
+    @critical
     def _restock(self) -> bool:
         """Move some items from the reserves to `items`, one atomic step each.
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # How long a helper blocks in a foreign object, in seconds. A task that was cancelled waits for the
 # helper to come out for so long at most, and an idle helper looks around so often.
 _MOMENT = 0.02
+# How long the helper of an event that nobody waits for any more may stay, in seconds.
+_WHILE = 0.5
 
 _LOCK = type(threading.Lock())  # before Python 3.13, threading.Lock is a function
 
@@ -93,28 +95,23 @@ class _Helper:
                 self._out = False
 
     def _run(self) -> None:
-        error: BaseException | None = None
-        while not self._stop(error):
+        while not self._stop():
             try:
+                for waiter in list(self.queue.waiters):
+                    if deserted(waiter):
+                        self.queue.waiters.pop(waiter, None)
                 if self._try(_MOMENT):
                     self._pass_on(True)
-            except BaseException as caught:
-                error = caught
+            except BaseException as error:
+                self._pass_on(error)
 
-    def _stop(self, error: BaseException | None) -> bool:
-        """Stop if nobody waits any more, or if there was an error; tell all who are concerned."""
-        waiters = self.queue.waiters
-        for waiter in list(waiters):
-            if deserted(waiter):
-                waiters.pop(waiter, None)
+    def _stop(self) -> bool:
+        """Stop if nobody waits any more."""
         with self._lock:
-            if waiters and error is None:
+            if self.queue.waiters:
                 return False
             self._out = True
             sleepers, self._sleepers = self._sleepers, []
-        if error is not None:
-            for _ in range(len(waiters)):
-                self._pass_on(error)
         wake_all(sleepers)
         return True
 
@@ -254,11 +251,9 @@ class TaskEvent(_View):
 
     def __init__(self, owned: threading.Event) -> None:
         super().__init__(owned)
-        # Protects the one below; held for an instant by the helper and by tasks.
+        # Protects the one below, and its contents; held for an instant by the helper and by tasks.
         self._lock = threading.Lock()
-        # That of the helper that waits for the event; None if there is none. It waits until the
-        # event is set, even if nobody cares any more: a thread that waits for an event takes
-        # nothing from anybody. If it looked around it might miss one that is cleared at once.
+        # That of the helper that waits for the event; None if there is none.
         self._vigil: _Vigil | None = None
 
     async def wait(self, timeout: float | None = None) -> bool:
@@ -288,15 +283,23 @@ class TaskEvent(_View):
         try:
             await (sleeper if timeout is None else at_most(sleeper, timeout))
         finally:
-            vigil.sleepers.pop(sleeper, None)
+            with self._lock:
+                vigil.sleepers.pop(sleeper, None)
         return vigil.over
 
     def _keep(self, vigil: _Vigil) -> None:
-        self._owned.wait()
+        # Seldom interrupted: whoever waits for an event takes nothing from anybody, and between two
+        # waits an event that is set and cleared at once might be missed.
+        while not self._owned.wait(_WHILE):
+            with self._lock:
+                if all(map(deserted, vigil.sleepers)):
+                    self._vigil = None
+                    return
         with self._lock:
             self._vigil = None
             vigil.over = True
-        wake_all(list(vigil.sleepers))
+            sleepers = list(vigil.sleepers)
+        wake_all(sleepers)
 
     def is_set(self) -> bool:
         """Tell whether the event is set."""
@@ -349,41 +352,48 @@ class TaskBarrier(_View):
         try:
             await sleeper
         except GeneratorExit:
-            # Nobody runs us any more, so we can't wait. By a thread, since an action that is
-            # running holds the lock of the barrier.
-            if not outcome:
-                _start(self._owned.abort)
+            # Nobody runs us any more, so we can't wait.
+            _start(lambda: self._call_back(outcome))
             raise
         except BaseException:
-            if not outcome:
-                await self._call_back(outcome)
+            with CancelScope(shield=True):
+                sleeper = task_sleeper()
+                try:
+                    _start(lambda: self._call_back(outcome, sleeper))
+                except RuntimeError:  # there are too many threads
+                    self._call_back(outcome)
+                else:
+                    await sleeper
             raise
-        [found] = outcome
-        if isinstance(found, BaseException):
-            raise found
-        return found
+        found = outcome.pop()
+        try:
+            if isinstance(found, BaseException):
+                raise found
+            return found
+        finally:
+            del found  # or else an error would keep itself, by its traceback
 
-    async def _call_back(self, outcome: list[int | BaseException]) -> None:
-        """Abort the barrier until the thread of a cancelled task has come out of it."""
+    def _call_back(self, outcome: list[int | BaseException], *sleepers: Sleeper) -> None:
+        """Abort the barrier, unless it has let our thread pass, until that has come out of it.
 
-        def call_back() -> None:
-            # Again and again, since it may not have arrived before somebody else calls reset().
-            while not outcome:
+        By a thread of its own: an action that is running holds the lock of the barrier.
+        """
+        pause = 0.001
+        while not outcome:
+            time.sleep(pause)  # it may be on its way out
+            pause = min(2 * pause, _MOMENT)
+            # If all have arrived the action is running. To abort would wait for it, and then split
+            # the round: those who are quick would pass, and the others would not.
+            if not outcome and self._owned.n_waiting < self._owned.parties:
                 self._owned.abort()
-                time.sleep(_MOMENT / 20)
-            wake_all([sleeper])
-
-        with CancelScope(shield=True):
-            sleeper = task_sleeper()
-            _start(call_back)
-            await sleeper
+        wake_all(sleepers)
 
     def abort(self) -> None:
-        """Break the barrier. May be called from anywhere. See `threading.Barrier.abort`."""
+        """Break the barrier. Waits for an action that is running. See `threading.Barrier.abort`."""
         self._owned.abort()
 
     def reset(self) -> None:
-        """Make the barrier as new. May be called from anywhere. See `threading.Barrier.reset`."""
+        """Make the barrier as new. Waits for an action that is running; as in `threading`."""
         self._owned.reset()
 
     @property

@@ -14,7 +14,7 @@ from anyio import SemaphoreStatistics, WouldBlock
 
 from ._errors import check_count, patience, refuse_pickling
 from ._handoff import HandoffQueue, new_claim
-from ._park import at_most, checkpoint, task_sleeper, thread_sleeper
+from ._park import at_most, checkpoint, critical, task_sleeper, thread_sleeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -80,6 +80,7 @@ class Semaphore:
         twin._share(self._queue, True, thread_sleeper)
         return twin
 
+    @critical
     async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Take a permit, waiting in line for one if there is none free.
 
@@ -105,6 +106,7 @@ class Semaphore:
         except IndexError:
             return await self._acquire_slowly(True, None)
 
+    @critical
     async def _acquire_slowly(self, blocking: bool, timeout: float | None) -> bool:
         # A coroutine of its own, because the local variables of this one would make every fast
         # acquire 4% slower.
@@ -132,6 +134,7 @@ class Semaphore:
             raise
         return timeout is None or not queue.leave(waiter, claim)
 
+    @critical
     def acquire_nowait(self) -> None:
         """Take a permit if one is free and nobody is waiting for it.
 
@@ -143,6 +146,7 @@ class Semaphore:
         if not self._queue.take_or(False):
             raise WouldBlock
 
+    @critical
     def release(self, n: int = 1) -> None:
         """Give back `n` permits: the first `n` in line get one each, the rest are free.
 
@@ -221,6 +225,7 @@ class BoundedSemaphore(Semaphore):
         twin._held = self._held
         return twin
 
+    @critical
     async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """See `Semaphore.acquire`."""
         # The common path stands here again: to await the one of the base class takes half as
@@ -238,11 +243,13 @@ class BoundedSemaphore(Semaphore):
             self._held.append(_PERMIT)
         return acquired
 
+    @critical
     def acquire_nowait(self) -> None:
         """See `Semaphore.acquire_nowait`."""
         super().acquire_nowait()
         self._held.append(_PERMIT)
 
+    @critical
     def release(self, n: int = 1) -> None:
         """See `Semaphore.release`; releases all of `n` or nothing.
 
@@ -262,6 +269,7 @@ class BoundedSemaphore(Semaphore):
         if self._waiters:
             self._queue.match()
 
+    @critical
     def _claim(self, n: int) -> None:
         """Remove `n` entries from `_held`, or none and raise ValueError."""
         held = self._held
