@@ -281,21 +281,24 @@ class Barrier:
                 round = rounds.latest
                 if round.fate is not None:
                     round = rounds.unbroken()
-                # Made before we arrive, since it may fail. Who arrives last needs none; but a task
-                # that is the only party makes a checkpoint, which fails where this does.
-                if len(round.places) == 1 and (rounds.last or self._new_sleeper is thread_sleeper):
-                    sleeper = None
-                else:
+                # Made before we arrive, since it may fail. Who arrives last needs none, nor does
+                # who will not wait; but a task that is the only party makes a checkpoint, which
+                # fails where this does.
+                sleeper = None
+                if (timeout is None or timeout > 0) and (
+                    len(round.places) != 1
+                    or (not rounds.last and self._new_sleeper is task_sleeper)
+                ):
                     sleeper = self._new_sleeper()
                 try:
                     index = round.places.pop()
                     break
                 except IndexError:
-                    if sleeper is not None:
-                        # The action is running: there is no place for us before it has ended.
-                        round.decided.setdefault("latecomers", []).append(sleeper)
-                        if round.fate is None:
-                            await sleeper
+                    # The action is running: there is no place for us before it has ended.
+                    sleeper = self._new_sleeper()
+                    round.decided.setdefault("latecomers", []).append(sleeper)
+                    if round.fate is None:
+                        await sleeper
                 except BaseException:
                     # A signal handler has raised, and we may have arrived.
                     round.break_(_CANCELLED, although_full=False)
@@ -320,13 +323,10 @@ class Barrier:
                     await checkpoint()
                 return index
             try:
-                assert sleeper is not None  # there was more than one place
-                round.sleepers.append(sleeper)
-                if round.fate is None:
-                    if timeout is None:
-                        await sleeper
-                    elif timeout > 0:
-                        await at_most(sleeper, timeout)
+                if sleeper is not None:
+                    round.sleepers.append(sleeper)
+                    if round.fate is None:
+                        await (sleeper if timeout is None else at_most(sleeper, timeout))
                 if round.fate is None and not round.break_(_TIMED_OUT, although_full=False):
                     # Too late for that: all have arrived. What becomes of the round is not known.
                     sleeper = self._new_sleeper()

@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 
     from ._park import Sleeper
 
-# How long a helper blocks in a foreign object, in seconds. A task that was cancelled waits for the
-# helper to come out for so long at most, and an idle helper looks around so often.
-_MOMENT = 0.02
-# How long the helper of an event that nobody waits for any more may stay, in seconds.
-_WHILE = 0.5
+# How long a helper blocks in a foreign object, in seconds: first, and at most. Each time in vain it
+# stays twice as long, since whoever waits there loses its place in line by looking around. A task
+# that was cancelled waits for the helper to come out.
+_MOMENT, _WHILE = 0.02, 0.5
 
 _LOCK = type(threading.Lock())  # before Python 3.13, threading.Lock is a function
 
@@ -95,13 +94,17 @@ class _Helper:
                 self._out = False
 
     def _run(self) -> None:
+        moment = _MOMENT
         while not self._stop():
             try:
                 for waiter in list(self.queue.waiters):
                     if deserted(waiter):
                         self.queue.waiters.pop(waiter, None)
-                if self._try(_MOMENT):
+                if self._try(moment):
                     self._pass_on(True)
+                    moment = _MOMENT
+                else:
+                    moment = min(2 * moment, _WHILE)
             except BaseException as error:
                 self._pass_on(error)
 
@@ -127,13 +130,25 @@ class _Helper:
 
     async def _come_out(self) -> None:
         """Wait until no helper is inside the foreign object, unless others wait for it."""
+        cancellation: BaseException | None = None
         with CancelScope(shield=True):
-            sleeper = task_sleeper()
-            with self._lock:
-                if self._out or self.queue.waiters:
-                    return
-                self._sleepers.append(sleeper)
-            await sleeper
+            while True:
+                sleeper = task_sleeper()
+                with self._lock:
+                    if self._out or self.queue.waiters:
+                        break
+                    self._sleepers.append(sleeper)
+                try:
+                    await sleeper
+                except GeneratorExit:
+                    raise
+                except BaseException as error:  # a native one, which no shield holds off
+                    cancellation = error
+        if cancellation is not None:
+            try:
+                raise cancellation
+            finally:
+                del cancellation  # or else it would keep itself, by its traceback
 
 
 def _start(run: Callable[[], object]) -> None:
@@ -166,8 +181,8 @@ class _Acquirable(_View):
         """Acquire the object of the threads, waiting in line with other tasks if need be.
 
         May be called from any task under asyncio or trio. If it is cancelled, or returns False, it
-        holds nothing, and no thread is left that would take anything later; this may delay it by
-        some hundredths of a second.
+        holds nothing, and no thread is left that would take anything later. This may delay it: by
+        some hundredths of a second, or half a second if it has waited for longer than that.
 
         :param blocking: if False, do not wait
         :param timeout: how many seconds to wait at most; 0 or less: do not wait; None: no limit
@@ -269,9 +284,10 @@ class TaskEvent(_View):
         :raises anyio.NoEventLoopError: if not run by asyncio or trio
         """
         timeout = patience(True, timeout)
-        if timeout == 0 or self._owned.is_set():
+        is_set = bool(self._owned.is_set())
+        if is_set or timeout == 0:
             await checkpoint()
-            return bool(self._owned.is_set())
+            return is_set
         sleeper = task_sleeper()
         with self._lock:
             vigil = self._vigil

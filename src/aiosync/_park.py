@@ -98,8 +98,16 @@ class TrioSleeper:
         return self._token
 
     def set_result(self, result: None) -> None:
-        if self._trio.lowlevel.current_task() is self._task:
-            # A signal handler that interrupts this very task, just before it falls asleep.
+        task: Any = self._task
+        # A signal handler may have interrupted this very task just before it falls asleep, or
+        # another one in the middle of cancelling it; then trio must get through with that first.
+        # (The attribute is private. There is no other way to ask, but to do without is safe.)
+        status = getattr(task, "_cancel_status", None)
+        if (
+            status is None
+            or status.effectively_cancelled
+            or self._trio.lowlevel.current_task() is task
+        ):
             self.call_from_afar()
         else:
             self._ring()
