@@ -68,21 +68,22 @@ class TrioSleeper:
         self._trio = trio
         self._task: Task = trio.lowlevel.current_task()
         self._token: TrioToken = trio.lowlevel.current_trio_token()
-        # True from just before the task yields until somebody has rescheduled it, so that nobody
-        # does so twice. Read and written on the thread of the trio run only.
-        self._asleep = False
+        # Holds an entry from just before the task yields until somebody removes it, and so claims
+        # the right to reschedule the task, once. Touched on the thread of the trio run only, but by
+        # signal handlers as well.
+        self._asleep: list[bool] = []
         self._aborted = False
 
     def __await__(self) -> Generator[Any, None, None]:
-        self._asleep = True
+        self._asleep.append(True)
         try:
             yield from self._trio.lowlevel.wait_task_rescheduled(self._abort).__await__()
         finally:
             # If KeyboardInterrupt comes before it sleeps, no late bell may disturb its next sleep.
-            self._asleep = False
+            self._asleep.clear()
 
     def _abort(self, raise_cancel: object) -> Abort:
-        self._asleep = False
+        self._asleep.clear()
         self._aborted = True
         abort: Abort = self._trio.lowlevel.Abort.SUCCEEDED
         return abort
@@ -116,9 +117,11 @@ class TrioSleeper:
         self._token.run_sync_soon(self._ring)
 
     def _ring(self) -> None:
-        if self._asleep:
-            self._asleep = False
-            self._trio.lowlevel.reschedule(self._task)
+        try:
+            self._asleep.pop()
+        except IndexError:
+            return  # rung before, or cancelled
+        self._trio.lowlevel.reschedule(self._task)
 
 
 class ThreadSleeper:
