@@ -1085,34 +1085,6 @@ def interruptions(call: Callable[[], Callable[[], object]], enough: int = 200) -
 
 
 @posix
-@both_semaphores
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-@pytest.mark.parametrize("timeout", [None, PATIENCE])
-def test_an_acquire_interrupted_before_it_has_to_wait_takes_nothing(
-    new: type[Semaphore], timeout: float | None
-) -> None:
-    semaphore = new(20)
-    view = as_threading(semaphore)
-    taken = 0
-
-    def acquire() -> None:
-        nonlocal taken
-        view.acquire(timeout=timeout)
-        taken += 1
-
-    def prepare() -> Callable[[], object]:
-        nonlocal semaphore, view, taken
-        semaphore, taken = new(20), 0
-        view = as_threading(semaphore)
-        return acquire
-
-    lost = 0
-    for _ in interruptions(prepare):
-        lost += semaphore.value + taken != 20
-    assert lost == 0
-
-
-@posix
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_a_wait_interrupted_as_the_last_to_arrive_lets_nobody_wait_for_ever() -> None:
     barrier = Barrier(1)
@@ -1135,9 +1107,10 @@ def test_a_wait_interrupted_as_the_last_to_arrive_lets_nobody_wait_for_ever() ->
 class Aim:
     """Finds out when to release so that the timeout and the grant are at the same time."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, step: float = 2e-6) -> None:
         self._rng = random.Random(0)
         self._timeout = timeout
+        self._step = step
         self._offset = 0.0
         self.outcomes = [0, 0]
 
@@ -1148,7 +1121,7 @@ class Aim:
         self.outcomes[True] += granted
         self.outcomes[False] += of - granted
         # Later if it was granted, earlier if not.
-        self._offset += 2e-6 * (2 * granted - of) / of
+        self._offset += self._step * (2 * granted - of) / of
 
 
 def wait_for_moment(moment: float) -> None:
@@ -1200,7 +1173,7 @@ def test_a_task_told_no_holds_nothing_in_any_race_of_timeout_and_grant(
     fast_switches: None, loops: Loops, loop: str
 ) -> None:
     crowd = 10  # tasks that race at the same time, each for a permit of its own
-    timeout = 0.0002
+    timeout = 0.001
     semaphores = [BoundedSemaphore() if number % 2 else Semaphore() for number in range(crowd)]
     views = [as_threading(semaphore) for semaphore in semaphores]
     for view in views:
@@ -1219,11 +1192,10 @@ def test_a_task_told_no_holds_nothing_in_any_race_of_timeout_and_grant(
             starts.append(time.perf_counter())
         return answers
 
-    aim = Aim(timeout)
+    aim = Aim(timeout, 2e-5)
     for race in range(1, RACES // crowd + 1):
         job = InLoop(loops[loop], race_once)
         spin_until(lambda: len(starts) == race)  # noqa: B023
-        spin_until(lambda: all(map(waiting, semaphores)) or job.done())  # noqa: B023
         wait_for_moment(aim.moment(starts[-1]))
         for view in views:
             view.release()

@@ -6,6 +6,7 @@ left out.
 
 from __future__ import annotations
 
+import importlib
 import threading
 import unittest
 from typing import Any
@@ -16,7 +17,7 @@ import aiosync
 from aiosync import as_threading
 
 try:
-    from test import lock_tests  # type: ignore[attr-defined]  # no stubs for the tests of CPython
+    lock_tests: Any = importlib.import_module("test.lock_tests")
 except ImportError:
     lock_tests = None
     pytestmark = pytest.mark.skip(reason="this interpreter ships without its package `test`")
@@ -55,7 +56,7 @@ if lock_tests is not None:
     )
     def test_no_test_of_the_suite_is_left_out(ours: type, suite: type) -> None:
         loader = unittest.TestLoader()
-        names = loader.getTestCaseNames(suite)  # type: ignore[type-var]
+        names = loader.getTestCaseNames(suite)
         assert len(names) >= 8
         for name in names:
             assert getattr(ours, name) is getattr(suite, name)

@@ -6,8 +6,10 @@ thread might: after a waiter was removed and before the decision, or between tha
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
+import types
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
@@ -405,3 +407,21 @@ class QueueMachine(RuleBasedStateMachine):
 
 TestAnySequence = QueueMachine.TestCase
 TestAnySequence.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+class TestWhoIsRunning:
+    def test_without_sniffio_there_is_no_trio(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def main() -> type:
+            return type(_park.task_sleeper())
+
+        monkeypatch.delitem(sys.modules, "sniffio")
+        assert issubclass(asyncio.run(main()), asyncio.Future)
+
+    def test_sniffio_that_is_being_imported_by_another_thread_means_no_trio(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def main() -> type:
+            return type(_park.task_sleeper())
+
+        monkeypatch.setitem(sys.modules, "sniffio", types.ModuleType("sniffio"))
+        assert issubclass(asyncio.run(main()), asyncio.Future)

@@ -201,3 +201,31 @@ def test_more_permits_than_can_be_counted_by_len() -> None:
     assert semaphore.value == sys.maxsize + 2
     assert not semaphore.locked()
     assert f"value={sys.maxsize + 2}" in repr(semaphore)
+
+
+def test_a_newcomer_that_finds_a_round_tripping_joins_the_next() -> None:
+    barrier = Barrier(2)
+    rounds = barrier._rounds
+    first = rounds.latest
+    genuine = _barrier._Rounds.current
+    calls = 0
+
+    class Rounds(_barrier._Rounds):
+        """Another thread trips the round just after we have found it to be the current one."""
+
+        __slots__ = ()
+
+        def current(self) -> _barrier._Round:
+            nonlocal calls
+            calls += 1
+            found = genuine(self)
+            if calls == 1:
+                found.fate = _barrier._TRIPPED
+                found.decided["fate"] = _barrier._TRIPPED
+            return found
+
+    rounds.__class__ = Rounds
+    found = rounds.unbroken()
+    assert calls == 2
+    assert found is rounds.latest is first.next
+    assert found.fate is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import gc
 import importlib.util
 import os
@@ -543,6 +542,7 @@ class Intruder:
         self.interrupt: Callable[[], None] = getattr(self, how)
         self.taken = 0  # permits that it still holds
         self.given = 0  # permits that it has added
+        self.overtook = False  # whether it has got a permit although somebody was waiting
 
     def release(self) -> None:
         self.semaphore.release()
@@ -553,14 +553,15 @@ class Intruder:
         self.given += 2
 
     def take(self) -> None:
+        waiting = self.semaphore.statistics().tasks_waiting
         with contextlib.suppress(anyio.WouldBlock):
             self.semaphore.acquire_nowait()
             self.taken += 1
+            self.overtook = waiting > 0
 
     def take_and_release(self) -> None:
-        with contextlib.suppress(anyio.WouldBlock):
-            self.semaphore.acquire_nowait()
-            self.semaphore.release()
+        self.take()
+        self.give_back()
 
     def finalize(self) -> None:
         class Owner:
@@ -679,6 +680,7 @@ async def survive(
     pending = sum(not task.done() for task in tasks)
     assert semaphore.statistics().tasks_waiting == pending
     assert not (pending and semaphore.value)
+    assert not intruder.overtook
     intruder.give_back()
     await env.settle()
     assert all(task.done() for task in tasks)
@@ -813,6 +815,7 @@ async def scene_cancelled_parties(env: Env, barrier: Barrier) -> list[Task]:
     await env.settle()
     tasks[0].cancel()
     await env.settle()
+    assert barrier.n_waiting == sum(not task.done() for task in tasks)
     barrier.reset()
     tasks.append(env.spawn(barrier.wait))
     await env.settle()
@@ -1271,9 +1274,9 @@ def test_interrupted_barrier_wait_in_the_main_thread_breaks_it_for_the_others(
 ) -> None:
     barrier = Barrier(5)
     others = [
-        Elsewhere(lambda: in_this_thread(barrier, lambda twin: twin.wait(PATIENCE))),
-        Elsewhere(lambda: anyio.run(functools.partial(barrier.wait, PATIENCE))),
-        Elsewhere(lambda: anyio.run(functools.partial(barrier.wait, PATIENCE), backend="trio")),
+        Elsewhere(lambda: in_this_thread(barrier, lambda twin: twin.wait())),
+        Elsewhere(lambda: anyio.run(barrier.wait)),
+        Elsewhere(lambda: anyio.run(barrier.wait, backend="trio")),
     ]
     until(lambda: barrier.n_waiting == 3)
     with (

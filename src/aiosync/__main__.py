@@ -34,7 +34,7 @@ from anyio.lowlevel import checkpoint
 from aiosync import Barrier, BrokenBarrierError, Semaphore, as_threading
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 _BACKENDS = ("asyncio", "trio")
 # More workers than this show nothing new, and far more of them do not fit into the memory.
@@ -286,19 +286,22 @@ class Crew:
             limiter = anyio.CapacityLimiter(max(1, self.threads))
             tasks = len(self.parts) - self.threads
             for number, part in enumerate(self.parts, 1):
-                if number <= tasks:
-                    work = partial(self.work, part)
-                    name = f"worker-{number}"
-                else:
-                    name = f"thread-{number}"
-                    run = to_thread.run_sync
-                    work = partial(run, self.work_in_thread, name, part, limiter=limiter)
-                group.start_soon(self.until_done, work, group.cancel_scope, name=name)
+                kind, own = ("worker", None) if number <= tasks else ("thread", limiter)
+                name = f"{kind}-{number}"
+                group.start_soon(self.employ, name, part, own, group.cancel_scope, name=name)
 
-    async def until_done(
-        self, work: Callable[[], Awaitable[None]], scope: anyio.CancelScope
+    async def employ(
+        self,
+        name: str,
+        part: Sequence[Path],
+        limiter: anyio.CapacityLimiter | None,
+        scope: anyio.CancelScope,
     ) -> None:
-        await work()
+        """Run a worker, as a thread if there is a `limiter` for those."""
+        if limiter is None:
+            await self.work(part)
+        else:
+            await to_thread.run_sync(self.work_in_thread, name, part, limiter=limiter)
         self.busy -= 1
         if not self.busy:
             scope.cancel()  # for the guard

@@ -281,14 +281,15 @@ class Barrier:
                 round = rounds.latest
                 if round.fate is not None:
                     round = rounds.unbroken()
-                # Made before we arrive, since it may fail. Who arrives last needs none, nor does
-                # who will not wait; but a task that is the only party makes a checkpoint, which
-                # fails where this does.
-                sleeper = None
-                if (timeout is None or timeout > 0) and (
-                    len(round.places) != 1
-                    or (not rounds.last and self._new_sleeper is task_sleeper)
-                ):
+                # Made before we arrive, since it may fail. Who arrives last needs none; but a task
+                # that is the only party makes a checkpoint, which fails where this does. Nor does a
+                # thread need one that will not wait.
+                last = len(round.places) == 1
+                if self._new_sleeper is task_sleeper:
+                    sleeper = None if last and rounds.last else task_sleeper()
+                elif last or (timeout is not None and timeout <= 0):
+                    sleeper = None
+                else:
                     sleeper = self._new_sleeper()
                 try:
                     index = round.places.pop()
@@ -326,7 +327,10 @@ class Barrier:
                 if sleeper is not None:
                     round.sleepers.append(sleeper)
                     if round.fate is None:
-                        await (sleeper if timeout is None else at_most(sleeper, timeout))
+                        if timeout is None:
+                            await sleeper
+                        elif timeout > 0:
+                            await at_most(sleeper, timeout)
                 if round.fate is None and not round.break_(_TIMED_OUT, although_full=False):
                     # Too late for that: all have arrived. What becomes of the round is not known.
                     sleeper = self._new_sleeper()

@@ -274,7 +274,8 @@ class TaskEvent(_View):
     async def wait(self, timeout: float | None = None) -> bool:
         """Wait until the event is set.
 
-        May be called from any task under asyncio or trio, and may be cancelled.
+        May be called from any task under asyncio or trio, and may be cancelled. Who comes just
+        after an event was set and cleared at once may still be told that it was set.
 
         :param timeout: how many seconds to wait at most; 0 or less: do not wait; None: no limit
         :return: True if the event is or was set, False if it was not in time; as
