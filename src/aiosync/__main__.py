@@ -153,7 +153,7 @@ class Screen(logging.Handler):
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream, self._bar = stream, ""
-        self.has_bar = stream.isatty()
+        self.has_bar: bool = stream.isatty()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.paint(self.format(record) + "\n", self._bar)
@@ -200,14 +200,19 @@ class Crew:
     def __init__(
         self, parts: Sequence[Sequence[Path]], threads: int, limit: int, screen: Screen
     ) -> None:
-        self.permits = Semaphore(limit)
-        self.barrier = Barrier(len(parts), self.next_phase)
+        self.permits: Semaphore = Semaphore(limit)
+        self.barrier: Barrier = Barrier(len(parts), self.next_phase)
         # A lock for the figures below, which threads change as well.
-        self.books = Semaphore(fast_acquire=True)
-        self.parts, self.threads, self.screen = parts, threads, screen
-        self.files = sum(map(len, parts))
-        self.busy = len(parts)
-        self.loaded = self.reading = self.peak = self.rounds = 0
+        self.books: Semaphore = Semaphore(fast_acquire=True)
+        self.parts: Sequence[Sequence[Path]] = parts
+        self.threads: int = threads
+        self.screen: Screen = screen
+        self.files: int = sum(map(len, parts))
+        self.busy: int = len(parts)
+        self.loaded: int = 0
+        self.reading: int = 0
+        self.peak: int = 0
+        self.rounds: int = 0
         self.counts: Counter[str] = Counter()
 
     def next_phase(self) -> None:

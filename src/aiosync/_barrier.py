@@ -18,7 +18,7 @@ from inspect import isawaitable
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Union
 
-from ._errors import BrokenBarrierError, check_count, check_timeout, refuse_pickling
+from ._errors import BrokenBarrierError, NotCopied, check_count, check_timeout
 from ._park import at_most, checkpoint, critical, task_sleeper, thread_sleeper, wake_all
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ async def _run(action: Callable[[], object]) -> None:
         await result
 
 
-class Barrier:
+class Barrier(NotCopied):
     """A point that `parties` tasks or threads reach before any of them goes on; reusable.
 
     One object serves tasks of any number of asyncio and trio event loops, all in one round. It may
@@ -400,5 +400,3 @@ class Barrier:
     def __repr__(self) -> str:
         state = "broken" if self.broken else f"waiting={self.n_waiting}"
         return f"<aiosync.{type(self).__name__} parties={self.parties} {state} at {id(self):#x}>"
-
-    __reduce_ex__ = refuse_pickling

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, overload
 
 from ._barrier import Barrier
-from ._errors import refuse_pickling
+from ._errors import NotCopied
 from ._park import run_in_thread
 from ._semaphore import BoundedSemaphore, Semaphore
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 
-class ThreadSemaphore:
+class ThreadSemaphore(NotCopied):
     """What `as_threading` makes of a `Semaphore`: the API of `threading.Semaphore`.
 
     All methods may be called from any thread. Only `acquire` can block.
@@ -78,8 +78,6 @@ class ThreadSemaphore:
     def __repr__(self) -> str:
         return f"<as_threading.Semaphore at {id(self):#x}: value={self._shared.value}>"
 
-    __reduce_ex__ = refuse_pickling
-
 
 class ThreadBoundedSemaphore(ThreadSemaphore):
     """What `as_threading` makes of a `BoundedSemaphore`: that of `threading`.
@@ -111,7 +109,7 @@ class ThreadBoundedSemaphore(ThreadSemaphore):
         return f"<as_threading.BoundedSemaphore at {id(self):#x}: value={value}>"
 
 
-class ThreadBarrier:
+class ThreadBarrier(NotCopied):
     """What `as_threading` makes of a `Barrier`: the API of `threading.Barrier`.
 
     All methods may be called from any thread. Only `wait` can block.
@@ -166,8 +164,6 @@ class ThreadBarrier:
     def __repr__(self) -> str:
         state = "broken" if self.broken else f"waiters={self.n_waiting}/{self.parties}"
         return f"<as_threading.Barrier at {id(self):#x}: {state}>"
-
-    __reduce_ex__ = refuse_pickling
 
 
 @overload

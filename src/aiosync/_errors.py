@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from math import isnan
-from typing import NoReturn
+from typing import NoReturn, SupportsIndex
 
 from ._park import AsyncioBrokenBarrierError
 
@@ -22,12 +22,16 @@ class BrokenBarrierError(threading.BrokenBarrierError, AsyncioBrokenBarrierError
     """
 
 
-def refuse_pickling(self: object, protocol: object = None) -> NoReturn:
-    """Serve as ``__reduce_ex__``: a copy could not share the waiters of the original."""
-    raise TypeError(
-        f"cannot pickle or copy {type(self).__name__!r} object: "
-        f"it only synchronizes those who share the one object; pass the object itself"
-    )
+class NotCopied:
+    """A base class that refuses pickling and copying: a copy would not share the waiters."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: SupportsIndex, /) -> NoReturn:
+        raise TypeError(
+            f"cannot pickle or copy {type(self).__name__!r} object: "
+            f"it only synchronizes those who share the one object; pass the object itself"
+        )
 
 
 def check_count(name: str, value: int, least: int) -> int:

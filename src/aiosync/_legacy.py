@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from anyio import CancelScope
 
-from ._errors import check_timeout, patience, refuse_pickling
+from ._errors import NotCopied, check_timeout, patience
 from ._handoff import HandoffQueue, new_claim
 from ._park import at_most, checkpoint, deserted, task_sleeper, wake_all
 
@@ -156,7 +156,7 @@ def _start(run: Callable[[], object]) -> None:
     threading.Thread(target=run, name="aiosync.from_threading", daemon=True).start()
 
 
-class _View:
+class _View(NotCopied):
     """A view of an object that threads own."""
 
     __slots__ = ("__weakref__", "_owned")
@@ -166,8 +166,6 @@ class _View:
 
     def __repr__(self) -> str:
         return f"<from_threading {self._owned!r}>"
-
-    __reduce_ex__ = refuse_pickling
 
 
 class _Acquirable(_View):

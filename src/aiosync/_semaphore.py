@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import SemaphoreStatistics, WouldBlock
 
-from ._errors import check_count, patience, refuse_pickling
+from ._errors import NotCopied, check_count, patience
 from ._handoff import HandoffQueue, new_claim
 from ._park import at_most, checkpoint, critical, task_sleeper, thread_sleeper
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _PERMIT = True
 
 
-class Semaphore:
+class Semaphore(NotCopied):
     """A number of permits that tasks and threads share; who finds none waits in line.
 
     One object serves tasks of any number of asyncio and trio event loops, at the same time. It may
@@ -199,8 +199,6 @@ class Semaphore:
             f"<aiosync.{type(self).__name__} value={self.value} waiters={len(self._waiters)} "
             f"at {id(self):#x}>"
         )
-
-    __reduce_ex__ = refuse_pickling
 
 
 class BoundedSemaphore(Semaphore):
