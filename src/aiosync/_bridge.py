@@ -36,7 +36,7 @@ class ThreadSemaphore(NotCopied):
         """Take a permit, waiting in line with tasks and threads for one if there is none free.
 
         The same as `threading.Semaphore.acquire`. An exception from a signal handler (Ctrl-C)
-        interrupts it, and leaves it with no permit.
+        interrupts the wait, and leaves it with no permit.
 
         :param blocking: if False, do not wait
         :param timeout: how many seconds to wait at most; 0 or less: do not wait; None: no limit
