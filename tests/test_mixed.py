@@ -372,7 +372,8 @@ def test_timed_out_waiter_leaves_the_line_to_those_of_other_kinds(
 ) -> None:
     semaphore = Semaphore(0)
     first = homes[kind].acquire(semaphore, 0.02)
-    second = homes[follower + "2"].acquire(semaphore, PATIENCE)
+    # Not waited for: by then the first may be gone.
+    second = homes[follower + "2"].start(semaphore, lambda shared: shared.acquire(timeout=PATIENCE))
     assert first.result() is False
     until(lambda: semaphore.statistics().tasks_waiting == 1)
     semaphore.release()
@@ -644,6 +645,8 @@ def test_nobody_of_any_kind_runs_out_of_time_while_the_action_runs_elsewhere(
 ) -> None:
     timeout = 1.0
     barrier = Barrier(len(KINDS) + 1, lambda: time.sleep(timeout + 0.05))
+    for kind in KINDS:
+        homes[kind].do(bool)  # have them built, so that all arrive in time
     jobs = [homes[kind].wait(barrier, timeout) for kind in KINDS]
     jobs.append(homes["thread2"].wait(barrier))
     assert [job.result() for job in jobs] == list(range(len(KINDS) + 1))
