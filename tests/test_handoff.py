@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import trio
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -425,3 +426,28 @@ class TestWhoIsRunning:
 
         monkeypatch.setitem(sys.modules, "sniffio", types.ModuleType("sniffio"))
         assert issubclass(asyncio.run(main()), asyncio.Future)
+
+    def test_two_trio_runs_that_begin_at_once_share_the_work(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Emptied(list[Any]):
+            """The other run takes the last one between the look and the removal."""
+
+            def pop(self, index: Any = -1) -> Any:
+                super().pop(index)
+                return super().pop(index)
+
+        async def main() -> None:
+            _park.task_sleeper()
+
+        monkeypatch.setattr(_park, "_critical", Emptied([nothing]))
+        trio.run(main)
+        assert _park._critical == []
+
+    def test_a_trio_task_that_is_being_rescheduled_can_not_be_aborted(self) -> None:
+        async def main() -> object:
+            sleeper = _park.task_sleeper()
+            assert isinstance(sleeper, _park.TrioSleeper)
+            return sleeper._abort(None)
+
+        assert trio.run(main) is trio.lowlevel.Abort.FAILED

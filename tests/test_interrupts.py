@@ -632,7 +632,7 @@ async def scene_release_of_two(env: Env, semaphore: Semaphore) -> list[Task]:
     return tasks
 
 
-async def scene_cancelled(env: Env, semaphore: Semaphore) -> list[Task]:
+async def scene_waiters_cancelled(env: Env, semaphore: Semaphore) -> list[Task]:
     """Waiters are cancelled: before, together with, and after a release."""
     held = await semaphore.acquire(blocking=False)
     tasks = []
@@ -666,7 +666,7 @@ SEMAPHORE_SCENES: dict[str, tuple[Callable[[Env, Semaphore], Awaitable[list[Task
     "free": (scene_free, 1),
     "contended": (scene_contended, 1),
     "release of two": (scene_release_of_two, 2),
-    "cancelled": (scene_cancelled, 1),
+    "cancelled": (scene_waiters_cancelled, 1),
     "timed out": (scene_timed_out, 1),
 }
 
@@ -801,32 +801,40 @@ class Action:
 
 
 async def scene_round(env: Env, barrier: Barrier) -> list[Task]:
-    """Three arrive, and a fourth when the action may be running."""
+    """Three arrive."""
     tasks = [env.spawn(barrier.wait)]
     await env.settle()
     tasks.append(env.spawn(lambda: barrier.wait(PATIENCE)))
     await env.settle()
     tasks.append(env.spawn(barrier.wait))
-    tasks.append(env.spawn(barrier.wait))
     await env.settle()
     return tasks
 
 
-async def scene_cancelled_parties(env: Env, barrier: Barrier) -> list[Task]:
-    """One of those who wait is cancelled, and then one as the last party arrives."""
+async def scene_latecomer(env: Env, barrier: Barrier) -> list[Task]:
+    """Three arrive, and a fourth when the action is running."""
+    tasks = [env.spawn(barrier.wait) for _ in range(4)]
+    await env.settle()
+    return tasks
+
+
+async def scene_cancelled(env: Env, barrier: Barrier) -> list[Task]:
+    """One of those who wait is cancelled."""
     tasks = [env.spawn(barrier.wait)]
     await env.settle()
     tasks.append(env.spawn(barrier.wait))
     await env.settle()
     tasks[0].cancel()
     await env.settle()
-    assert barrier.n_waiting == sum(not task.done() for task in tasks)
-    barrier.reset()
-    tasks.append(env.spawn(barrier.wait))
+    return tasks
+
+
+async def scene_cancelled_as_the_last_arrives(env: Env, barrier: Barrier) -> list[Task]:
+    tasks = [env.spawn(barrier.wait)]
     await env.settle()
     tasks.append(env.spawn(barrier.wait))
     tasks.append(env.spawn(barrier.wait))
-    tasks[-3].cancel()
+    tasks[0].cancel()
     await env.settle()
     return tasks
 
@@ -842,7 +850,9 @@ async def scene_party_timed_out(env: Env, barrier: Barrier) -> list[Task]:
 
 BARRIER_SCENES: dict[str, Callable[[Env, Barrier], Awaitable[list[Task]]]] = {
     "round": scene_round,
-    "cancelled": scene_cancelled_parties,
+    "latecomer": scene_latecomer,
+    "cancelled": scene_cancelled,
+    "cancelled as the last arrives": scene_cancelled_as_the_last_arrives,
     "timed out": scene_party_timed_out,
 }
 
@@ -864,7 +874,7 @@ async def endure(
     # Who still waits does so because others have to come.
     pending = sum(not task.done() for task in tasks)
     assert barrier.n_waiting == pending
-    if how == "abort" and struck() and scene is not scene_cancelled_parties:
+    if how == "abort" and struck():
         assert barrier.broken
     barrier.abort()
     await env.settle()
@@ -876,7 +886,7 @@ async def endure(
     assert refused <= {BrokenBarrierError, asyncio.CancelledError, trio.Cancelled}, results
     if action.call is not None and passed:
         assert action.runs == 1
-    if scene is scene_round and not struck():
+    if scene in {scene_round, scene_latecomer} and not struck():
         assert passed
     # And the barrier is as good as new.
     barrier.reset()
@@ -893,8 +903,9 @@ async def endure(
         ("round", "none", "abort"),
         ("round", "none", "reset"),
         ("round", "plain", "reset"),
-        ("round", "async", "abort"),
-        ("cancelled", "none", "abort"),
+        ("latecomer", "async", "abort"),
+        ("cancelled", "none", "reset"),
+        ("cancelled as the last arrives", "none", "abort"),
         ("timed out", "none", "abort"),
     ],
 )

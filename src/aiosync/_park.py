@@ -64,7 +64,11 @@ class TrioSleeper:
 
     def __init__(self, trio: Any) -> None:
         while _critical:  # the first time: before anybody waits there is nothing to lose
-            trio.lowlevel.enable_ki_protection(_critical.pop())
+            try:
+                function = _critical.pop()
+            except IndexError:
+                break  # another trio run, in another thread, was faster
+            trio.lowlevel.enable_ki_protection(function)
         self._trio = trio
         self._task: Task = trio.lowlevel.current_task()
         self._token: TrioToken = trio.lowlevel.current_trio_token()
@@ -83,10 +87,13 @@ class TrioSleeper:
             self._asleep.clear()
 
     def _abort(self, raise_cancel: object) -> Abort:
-        self._asleep.clear()
+        abort: type[Abort] = self._trio.lowlevel.Abort
+        try:
+            self._asleep.pop()
+        except IndexError:
+            return abort.FAILED  # a signal handler is rescheduling it just now
         self._aborted = True
-        abort: Abort = self._trio.lowlevel.Abort.SUCCEEDED
-        return abort
+        return abort.SUCCEEDED
 
     async def at_most(self, timeout: float) -> None:
         with self._trio.move_on_after(timeout):
