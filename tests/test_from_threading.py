@@ -122,7 +122,7 @@ class Call:
 
 def line(view: Any) -> int:
     """How many tasks wait for what a helper gets."""
-    return len(view._helper.queue.waiters)
+    return len(view._helper.waiters)
 
 
 async def park(tg: Any, view: Any, *calls: Call) -> None:

@@ -411,11 +411,15 @@ TestAnySequence.settings = settings(max_examples=60, stateful_step_count=40, dea
 
 
 class TestWhoIsRunning:
-    def test_without_sniffio_there_is_no_trio(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("missing", ["sniffio", "trio"])
+    def test_without_both_there_is_no_trio(
+        self, missing: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         async def main() -> type:
+            await _park.checkpoint()
             return type(_park.task_sleeper())
 
-        monkeypatch.delitem(sys.modules, "sniffio")
+        monkeypatch.delitem(sys.modules, missing)
         assert issubclass(asyncio.run(main()), asyncio.Future)
 
     def test_sniffio_that_is_being_imported_by_another_thread_means_no_trio(

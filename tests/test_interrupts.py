@@ -596,7 +596,7 @@ async def settled(env: Env, semaphore: Semaphore) -> None:
     """Let all run, and check that who still waits does so because there is nothing to be had."""
     await env.settle()
     # Not by what is public, since the handler might come in the middle of that.
-    assert not (semaphore._waiters and semaphore._items)
+    assert not (semaphore._queue.waiters and semaphore._items)
 
 
 async def scene_free(env: Env, semaphore: Semaphore) -> list[Task]:

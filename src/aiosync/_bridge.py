@@ -24,13 +24,13 @@ class ThreadSemaphore(NotCopied):
     All methods may be called from any thread. Only `acquire` can block.
     """
 
-    __slots__ = ("__weakref__", "_items", "_shared", "_waiters")
+    __slots__ = ("__weakref__", "_items", "_line", "_shared")
 
     def __init__(self, semaphore: Semaphore) -> None:
         self._shared = semaphore._for_threads()
         # For the common path.
         self._items = self._shared._items
-        self._waiters = self._shared._waiters
+        self._line = self._shared._line
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Take a permit, waiting in line with tasks and threads for one if there is none free.
@@ -46,7 +46,7 @@ class ThreadSemaphore(NotCopied):
         :raises ValueError: if `blocking` is False and there is a `timeout`, or if that is NaN
         :raises TypeError: if `timeout` is no number
         """
-        if not self._waiters and timeout is None and blocking:
+        if not self._line and timeout is None and blocking:
             try:
                 return self._items.pop()
             except IndexError:
@@ -94,7 +94,7 @@ class ThreadBoundedSemaphore(ThreadSemaphore):
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """See `ThreadSemaphore.acquire`."""
-        if not self._waiters and timeout is None and blocking:
+        if not self._line and timeout is None and blocking:
             try:
                 permit = self._items.pop()
             except IndexError:

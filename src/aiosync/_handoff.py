@@ -32,7 +32,7 @@ from itertools import islice, repeat
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from ._park import FREE_THREADED, critical, here, wake
+from ._park import FREE_THREADED, at_most, critical, here, wake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -83,7 +83,7 @@ class HandoffQueue(Generic[T]):
     Every method may be called from any thread, signal handler or finalizer, and never blocks.
     """
 
-    __slots__ = ("items", "reserves", "waiters")
+    __slots__ = ("items", "line", "reserves", "waiters")
 
     def __init__(self, items: Iterable[T] = ()) -> None:
         # Free items. Taken from the right, so the last one returned is the first to be taken.
@@ -91,6 +91,10 @@ class HandoffQueue(Generic[T]):
         # Everybody who waits, the oldest first. A waiter stands here from `join` until a matcher
         # or the waiter itself removes it; being in here decides nothing, the tickets do.
         self.waiters: OrderedDict[Sleeper, Claim] = _Waiters()
+        # One entry for each who is inside `wait`: added before it can be seen in `waiters`, removed
+        # when it knows the outcome. So if this is empty nobody waits. A list, because nothing else
+        # has its truth told as fast: to ask `waiters` makes acquire and release take 4% longer.
+        self.line: list[None] = []
         # Iterators over further free items, drawn upon when `items` runs out.
         self.reserves: deque[Iterator[T]] = deque()
 
@@ -151,6 +155,30 @@ class HandoffQueue(Generic[T]):
             return True
         # The spacer, if a matcher took the item back because our loop had closed.
         return ticket is not _COLLECTS
+
+    @critical
+    async def wait(self, waiter: Sleeper, timeout: float | None, default: D) -> T | D:
+        """Wait in line for an item, with `waiter`, a new sleeper of the task or thread that calls.
+
+        :param timeout: how many seconds at most; None: no limit
+        :return: the item, or `default` if there was none in time
+        """
+        claim = new_claim()
+        line = self.line
+        line.append(None)
+        try:
+            self.join(waiter, claim)
+            await (waiter if timeout is None else at_most(waiter, timeout))
+        except BaseException:
+            if not self.leave(waiter, claim):
+                self.put(claim[0])
+            raise
+        finally:
+            line.pop()
+        if timeout is None or not self.leave(waiter, claim):
+            item: T = claim[0]
+            return item
+        return default
 
     @critical
     def match(self) -> None:

@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Union, overload
 
 from anyio import CancelScope
 
 from ._errors import NotCopied, check_timeout, patience
-from ._handoff import HandoffQueue, new_claim
+from ._handoff import HandoffQueue
 from ._park import at_most, checkpoint, deserted, task_sleeper, wake_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from types import TracebackType
 
+    from ._handoff import Claim
     from ._park import Sleeper
 
 # How long a helper blocks in a foreign object, in seconds: first, and at most. Each time in vain it
@@ -35,17 +36,19 @@ _MOMENT, _WHILE = 0.02, 0.5
 _LOCK = type(threading.Lock())  # before Python 3.13, threading.Lock is a function
 
 
-class _Helper:
-    """A thread that tries to get something, as long as somebody waits for it."""
+class _Helper(HandoffQueue[Union[bool, BaseException]]):
+    """A thread that tries to get something, as long as somebody waits for it.
 
-    __slots__ = ("_give_back", "_lock", "_out", "_sleepers", "_try", "queue")
+    What was got, or what went wrong, is handed over; nothing stays in the queue if nobody waits.
+    """
+
+    __slots__ = ("_give_back", "_lock", "_out", "_sleepers", "_try")
 
     def __init__(self, try_for: Callable[[float], object], give_back: Callable[[], object]) -> None:
+        super().__init__()
         # Tries for so many seconds; something true if it was successful.
         self._try = try_for
         self._give_back = give_back
-        # What was got, or what went wrong, being handed over; nothing stays in while nobody waits.
-        self.queue: HandoffQueue[bool | BaseException] = HandoffQueue()
         # Protects the two below; held for an instant by the helper and by tasks.
         self._lock = threading.Lock()
         # Whether no helper is running.
@@ -61,31 +64,21 @@ class _Helper:
         """
         waiter = task_sleeper()
         try:
-            got = await self._wait(waiter, timeout)
+            got = await self.wait(waiter, timeout, False)
         except GeneratorExit:
             raise  # nobody runs us any more, so we can't wait
         except BaseException:
             await self._come_out()
             raise
+        if isinstance(got, BaseException):
+            raise got
         if not got:
             await self._come_out()
         return got
 
-    async def _wait(self, waiter: Sleeper, timeout: float | None) -> bool:
-        claim = new_claim()
-        try:
-            self.queue.join(waiter, claim)
-            self._send()
-            await (waiter if timeout is None else at_most(waiter, timeout))
-        except BaseException:
-            if not self.queue.leave(waiter, claim):
-                self._pass_on(claim[0])
-            raise
-        if timeout is not None and self.queue.leave(waiter, claim):
-            return False
-        if isinstance(claim[0], BaseException):
-            raise claim[0]
-        return True
+    def join(self, waiter: Sleeper, claim: Claim) -> None:
+        super().join(waiter, claim)
+        self._send()
 
     def _send(self) -> None:
         with self._lock:
@@ -97,31 +90,31 @@ class _Helper:
         moment = _MOMENT
         while not self._stop():
             try:
-                for waiter in list(self.queue.waiters):
+                for waiter in list(self.waiters):
                     if deserted(waiter):
-                        self.queue.waiters.pop(waiter, None)
+                        self.waiters.pop(waiter, None)
                 if self._try(moment):
-                    self._pass_on(True)
+                    self.put(True)
                     moment = _MOMENT
                 else:
                     moment = min(2 * moment, _WHILE)
             except BaseException as error:
-                self._pass_on(error)
+                self.put(error)
 
     def _stop(self) -> bool:
         """Stop if nobody waits any more."""
         with self._lock:
-            if self.queue.waiters:
+            if self.waiters:
                 return False
             self._out = True
             sleepers, self._sleepers = self._sleepers, []
         wake_all(sleepers)
         return True
 
-    def _pass_on(self, got: bool | BaseException) -> None:
+    def put(self, item: bool | BaseException) -> None:
         """Hand what was got to the oldest who waits, or back."""
-        self.queue.put(got)
-        while left := self.queue.take_or(False):
+        super().put(item)
+        while left := self.take_or(False):
             if left is True:
                 try:
                     self._give_back()
@@ -135,7 +128,7 @@ class _Helper:
             while True:
                 sleeper = task_sleeper()
                 with self._lock:
-                    if self._out or self.queue.waiters:
+                    if self._out or self.waiters:
                         break
                     self._sleepers.append(sleeper)
                 try:
@@ -190,7 +183,7 @@ class _Acquirable(_View):
         :raises anyio.NoEventLoopError: if not run by asyncio or trio
         """
         timeout = patience(blocking, timeout)
-        acquired = not self._helper.queue.waiters and self._owned.acquire(False)
+        acquired = not self._helper.waiters and self._owned.acquire(False)
         if not acquired and timeout != 0:
             return await self._helper.get(timeout)
         try:
