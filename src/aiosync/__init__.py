@@ -5,15 +5,22 @@ The face: nothing but re-exports.
 
 from ._barrier import Barrier
 from ._bridge import as_threading
-from ._errors import BrokenBarrierError
+from ._errors import BrokenBarrierError, PoolClosed, PoolTimeout, TooManyRequests
 from ._legacy import from_threading
+from ._pool import ConnectionInfo, ConnectionPool, PoolEvent
 from ._semaphore import BoundedSemaphore, Semaphore
 
 __all__ = [
     "Barrier",
     "BoundedSemaphore",
     "BrokenBarrierError",
+    "ConnectionInfo",
+    "ConnectionPool",
+    "PoolClosed",
+    "PoolEvent",
+    "PoolTimeout",
     "Semaphore",
+    "TooManyRequests",
     "as_threading",
     "from_threading",
 ]

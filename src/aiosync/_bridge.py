@@ -7,15 +7,20 @@ back, for objects that threads own, is in `_legacy`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from ._barrier import Barrier
 from ._errors import NotCopied
-from ._park import run_in_thread
+from ._park import run_in_thread, thread_sleeper
+from ._pool import Borrowing, ConnectionPool
 from ._semaphore import BoundedSemaphore, Semaphore
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from ._pool import ConnectionInfo
+
+T = TypeVar("T")
 
 
 class ThreadSemaphore(NotCopied):
@@ -166,21 +171,117 @@ class ThreadBarrier(NotCopied):
         return f"<as_threading.Barrier at {id(self):#x}: {state}>"
 
 
+class ThreadConnectionPool(NotCopied, Generic[T]):
+    """What `as_threading` makes of a `ConnectionPool`: the same pool, for threads.
+
+    The pool is opened and closed by a task; its functions (`connect`, `reset` and so on) are called
+    on the event loop of that. Threads and tasks stand in one line. All methods may be called from
+    any thread. Only `acquire` can block, and so `connection`.
+    """
+
+    __slots__ = ("__weakref__", "_shared")
+
+    def __init__(self, pool: ConnectionPool[T]) -> None:
+        self._shared = pool
+
+    def acquire(self, timeout: float | None = None) -> T:
+        """Borrow a connection, waiting in line for one if need be. It has to be given to `release`.
+
+        An exception from a signal handler (Ctrl-C) interrupts it, and leaves it with nothing.
+
+        :param timeout: as that of `ConnectionPool.acquire`; so are the exceptions
+        :raises PoolClosed: also if the event loop of the pool has ended without closing it
+        :raises RuntimeError: if it would have to wait, and an event loop is running on this thread
+        """
+        return run_in_thread(self._shared._take(timeout, thread_sleeper))
+
+    def acquire_nowait(self) -> T:
+        """Do what `ConnectionPool.acquire_nowait` does.
+
+        :raises anyio.WouldBlock: if no connection is idle
+        :raises PoolClosed: if the pool is not open
+        """
+        return self._shared.acquire_nowait()
+
+    def release(self, connection: T) -> None:
+        """Do what `ConnectionPool.release` does.
+
+        :raises ValueError: if it is not borrowed
+        """
+        self._shared.release(connection)
+
+    def discard(self, connection: T) -> None:
+        """Do what `ConnectionPool.discard` does.
+
+        :raises ValueError: if it is not borrowed
+        """
+        self._shared.discard(connection)
+
+    def connection(self, timeout: float | None = None) -> ThreadCheckout[T]:
+        """Return what borrows a connection with ``with``, and gives it back at the end.
+
+        :param timeout: as that of `acquire`; so are the exceptions
+        """
+        return ThreadCheckout(self._shared, timeout)
+
+    def info(self, connection: T) -> ConnectionInfo:
+        """Do what `ConnectionPool.info` does.
+
+        :raises ValueError: if it is not one of this pool
+        """
+        return self._shared.info(connection)
+
+    def get_stats(self) -> dict[str, int]:
+        """Do what `ConnectionPool.get_stats` does."""
+        return self._shared.get_stats()
+
+    def __repr__(self) -> str:
+        return f"<as_threading.ConnectionPool at {id(self):#x}: {self._shared!r}>"
+
+
+class ThreadCheckout(Borrowing[T]):
+    """What `ThreadConnectionPool.connection` returns: ``with`` it borrows a connection."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> T:
+        """Do what `ThreadConnectionPool.acquire` does.
+
+        :raises RuntimeError: also if it has borrowed a connection already
+        """
+        return run_in_thread(self._borrow(self._pool._take(self._timeout, thread_sleeper)))
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Do what `ThreadConnectionPool.release` does."""
+        self._give_back()
+
+
 @overload
 def as_threading(shared: BoundedSemaphore) -> ThreadBoundedSemaphore: ...
 @overload
 def as_threading(shared: Semaphore) -> ThreadSemaphore: ...
 @overload
 def as_threading(shared: Barrier) -> ThreadBarrier: ...
+@overload
+def as_threading(shared: ConnectionPool[T]) -> ThreadConnectionPool[T]: ...
 
 
-def as_threading(shared: Semaphore | Barrier) -> ThreadSemaphore | ThreadBarrier:
+def as_threading(
+    shared: Semaphore | Barrier | ConnectionPool[Any],
+) -> ThreadSemaphore | ThreadBarrier | ThreadConnectionPool[Any]:
     """Return a view of `shared` for OS threads, with the API that its namesake in `threading` has.
+
+    The view of a pool has the methods of the pool, without their ``await``.
 
     The view holds no state of its own: threads that use it and tasks that await `shared` stand in
     one line, and any number of views may be made. May be called from anywhere.
 
-    :param shared: a `Semaphore`, a `BoundedSemaphore` or a `Barrier`
+    :param shared: a `Semaphore`, a `BoundedSemaphore`, a `Barrier` or a `ConnectionPool`
     :raises TypeError: if it is anything else
     """
     if isinstance(shared, BoundedSemaphore):
@@ -189,7 +290,9 @@ def as_threading(shared: Semaphore | Barrier) -> ThreadSemaphore | ThreadBarrier
         return ThreadSemaphore(shared)
     if isinstance(shared, Barrier):
         return ThreadBarrier(shared)
+    if isinstance(shared, ConnectionPool):
+        return ThreadConnectionPool(shared)
     raise TypeError(
-        f"as_threading() takes an aiosync Semaphore, BoundedSemaphore or Barrier, "
+        f"as_threading() takes an aiosync Semaphore, BoundedSemaphore, Barrier or ConnectionPool, "
         f"not {type(shared).__name__}"
     )

@@ -22,6 +22,30 @@ class BrokenBarrierError(threading.BrokenBarrierError, AsyncioBrokenBarrierError
     """
 
 
+# The names of the next three are those of psycopg_pool.
+class PoolTimeout(TimeoutError):  # noqa: N818
+    """Raised when no connection of a `ConnectionPool` was to be had in time.
+
+    If the pool could not connect to its backend in the meantime, the last error of that is its
+    ``__cause__``.
+    """
+
+    stats: dict[str, int]
+    """What `ConnectionPool.get_stats` returned when the time was over."""
+
+    def __init__(self, message: str, stats: dict[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.stats = {} if stats is None else stats
+
+
+class PoolClosed(RuntimeError):  # noqa: N818
+    """Raised by a `ConnectionPool` that is not open: not yet, not any more, or after a fork."""
+
+
+class TooManyRequests(RuntimeError):  # noqa: N818
+    """Raised by a `ConnectionPool` when `max_waiting` tasks and threads wait for a connection."""
+
+
 class NotCopied:
     """A base class that refuses pickling and copying: a copy would not share the waiters."""
 

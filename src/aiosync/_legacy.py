@@ -19,7 +19,7 @@ from anyio import CancelScope
 
 from ._errors import NotCopied, check_timeout, patience
 from ._handoff import HandoffQueue
-from ._park import at_most, checkpoint, deserted, task_sleeper, wake_all
+from ._park import at_most, checkpoint, deserted, outlast, task_sleeper, wake_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -107,8 +107,8 @@ class _Helper(HandoffQueue[Union[bool, BaseException]]):
             if self.waiters:
                 return False
             self._out = True
-            sleepers, self._sleepers = self._sleepers, []
-        wake_all(sleepers)
+        while self._sleepers:
+            wake_all([self._sleepers.pop()])
         return True
 
     def put(self, item: bool | BaseException) -> None:
@@ -123,25 +123,11 @@ class _Helper(HandoffQueue[Union[bool, BaseException]]):
 
     async def _come_out(self) -> None:
         """Wait until no helper is inside the foreign object, unless others wait for it."""
-        cancellation: BaseException | None = None
-        with CancelScope(shield=True):
-            while True:
-                sleeper = task_sleeper()
-                with self._lock:
-                    if self._out or self.waiters:
-                        break
-                    self._sleepers.append(sleeper)
-                try:
-                    await sleeper
-                except GeneratorExit:
-                    raise
-                except BaseException as error:  # a native one, which no shield holds off
-                    cancellation = error
-        if cancellation is not None:
-            try:
-                raise cancellation
-            finally:
-                del cancellation  # or else it would keep itself, by its traceback
+        await outlast(self._is_out, self._sleepers)
+
+    def _is_out(self) -> bool:
+        with self._lock:
+            return self._out or bool(self.waiters)
 
 
 def _start(run: Callable[[], object]) -> None:

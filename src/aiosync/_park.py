@@ -18,10 +18,18 @@ from __future__ import annotations
 import sys
 import sysconfig
 from _thread import TIMEOUT_MAX, allocate_lock
-from asyncio import Future, InvalidStateError, _get_running_loop, current_task
+from asyncio import (
+    AbstractEventLoop,
+    BaseEventLoop,
+    Future,
+    InvalidStateError,
+    _get_running_loop,
+    current_task,
+)
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
-from anyio import NoEventLoopError
+from anyio import CancelScope, NoEventLoopError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
@@ -305,6 +313,88 @@ def deserted(sleeper: Sleeper) -> bool:
 def _ring(future: Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+def clock() -> Callable[[], float]:
+    """Return the clock of the running event loop: seconds, to be asked from any thread.
+
+    Virtual if that of the loop is.
+
+    :raises NoEventLoopError: if no asyncio or trio event loop is running on this thread
+    """
+    trio = _running_trio()
+    if trio is not None:
+        tells: Callable[[], float] = trio.lowlevel.current_clock().current_time
+        return tells
+    loop = _get_running_loop()
+    if loop is None:
+        raise _no_event_loop()
+    # The same clock, without the call in between.
+    return monotonic if type(loop).time is BaseEventLoop.time else loop.time
+
+
+def start_in_background(work: Callable[[], Coroutine[Any, Any, None]], name: str) -> object:
+    """Run `work` in a task of the running event loop that belongs to no other task.
+
+    It is cancelled when the loop ends. No cancel scope is around it, so that it may be started by
+    one task and ended by another, as fixtures of tests and frameworks do it.
+
+    :return: the task; keep it for as long as `work` runs
+    """
+    trio = _running_trio()
+    if trio is not None:
+        task: object = trio.lowlevel.spawn_system_task(work, name=name)
+        return task
+    loop = _get_running_loop()
+    if loop is None:
+        raise _no_event_loop()
+    return loop.create_task(work(), name=name)
+
+
+def has_ended(loop: object) -> bool:
+    """Tell whether `loop`, which `here` returned once, will never run a task again."""
+    try:
+        if isinstance(loop, AbstractEventLoop):
+            return loop.is_closed()
+        token: Any = loop
+        token.run_sync_soon(_ring_nobody)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _ring_nobody() -> None:
+    pass
+
+
+async def outlast(done: Callable[[], bool], sleepers: list[Sleeper]) -> None:
+    """Wait until ``done()``, whoever cancels this; a cancellation is raised afterwards.
+
+    :param sleepers: to whom a sleeper is added before `done` is asked; to be woken when it has
+        become true
+    """
+    cancellation: BaseException | None = None
+    with CancelScope(shield=True):
+        while True:
+            sleeper = task_sleeper()
+            sleepers.append(sleeper)
+            if done():
+                try:
+                    sleepers.remove(sleeper)
+                except ValueError:
+                    pass  # it is being woken just now
+                break
+            try:
+                await sleeper
+            except GeneratorExit:
+                raise  # nobody runs us any more, so we can't wait
+            except BaseException as error:  # a native one, which no shield holds off
+                cancellation = error
+    if cancellation is not None:
+        try:
+            raise cancellation
+        finally:
+            del cancellation  # or else it would keep itself, by its traceback
 
 
 def checkpoint() -> Awaitable[None]:

@@ -1,0 +1,168 @@
+"""The queue in which idle connections and those who wait for one meet.
+
+What must live here: what distinguishes a connection from any other item of a `HandoffQueue`. It
+gets stale while it lies there, and the queue may be shut. All of it is synchronous, without a lock,
+and may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union
+
+from .._handoff import HandoffQueue
+from .._park import critical
+from ._records import Failure, Record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .._handoff import Claim
+    from .._park import Sleeper
+
+T = TypeVar("T")
+
+
+class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
+    """Idle connections that may be handed out as they are, and those that may not.
+
+    While it is shut every waiter is handed the reason, and `line` has an entry of its own: so
+    nobody takes the common path, and whoever puts a connection in calls `match`.
+    """
+
+    __slots__ = ("call_keeper", "dormant", "lifo", "max_idle", "room", "shut")
+
+    def __init__(
+        self, lifo: bool, max_idle: float, shut: Failure, call_keeper: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self.lifo = lifo
+        self.max_idle = max_idle
+        self.call_keeper = call_keeper
+        # Idle as well, but to be checked, or replaced, by the keeper before anybody gets them.
+        self.dormant: deque[Record[T]] = deque()
+        # Whether there may be one connection more. Written by the keeper before it looks at the
+        # waiters; read by a waiter after it can be seen.
+        self.room = False
+        # Why nobody is served; None if the pool is open.
+        self.shut: Failure | None = shut
+        self.line.append(None)
+
+    def open(self) -> None:
+        self.shut = None
+        self.line.pop()
+
+    @critical
+    def close(self, reason: Failure) -> None:
+        """Serve nobody from now on. Those who wait are told so before this returns."""
+        self.shut = reason
+        self.line.append(None)
+        self.match()
+
+    @critical
+    def put(self, item: Record[T] | Failure) -> None:
+        if self.lifo:
+            self.items.append(item)
+        else:
+            self.items.appendleft(item)
+        if self.line:
+            self.match()
+
+    @critical
+    def join(self, waiter: Sleeper, claim: Claim) -> None:
+        super().join(waiter, claim)
+        if self.shut is not None:
+            self.match()
+        elif self.room or self.dormant:
+            self.call_keeper()
+
+    @critical
+    def match(self) -> None:
+        super().match()
+        reason = self.shut
+        if reason is not None:
+            while self.waiters:
+                self.fail(reason)
+            self.call_keeper()
+
+    @critical
+    def fail(self, failure: Failure) -> None:
+        """Hand `failure` to all who wait."""
+        self.items.extend([failure] * len(self.waiters))
+        super().match()
+        try:
+            while True:
+                self.items.remove(failure)
+        except ValueError:
+            pass
+
+    @critical
+    def pick(self, now: float, patient: bool) -> Record[T] | None:
+        """Take an idle connection; None if there is none that may be handed out.
+
+        :param patient: whether the caller will wait for one that has to be checked before
+        """
+        while True:
+            item = self.take_or(None)
+            if item is None:
+                break
+            if isinstance(item, Failure):
+                continue
+            if item.good_until > now:
+                return item
+            self.dormant.append(item)
+        if patient or self.waiters:
+            return None
+        found, spoiled = None, []
+        while self.dormant and found is None:
+            try:
+                record = self.dormant.pop()
+            except IndexError:
+                break  # the keeper took it
+            if self.is_spoiled(record, now):
+                spoiled.append(record)
+            else:
+                found = record
+        if spoiled:
+            self.dormant.extend(spoiled)
+            self.call_keeper()
+        return found
+
+    def is_spoiled(self, record: Record[T], now: float) -> bool:
+        """Tell whether an idle connection may not be handed out any more, checked or not."""
+        return record.expires <= now or record.idle_since + self.max_idle <= now
+
+    def idle(self) -> int:
+        return len(self.items) + len(self.dormant)
+
+    def spoils_at(self, record: Record[T]) -> float:
+        return min(record.expires, record.idle_since + self.max_idle)
+
+    def snapshot(self) -> list[Record[T]]:
+        """Return those that are idle, the one that was not used for longest first."""
+        found: list[Record[T]] = []
+        for where in self.dormant, self.items:
+            pile: deque[Any] = where
+            while True:
+                try:
+                    records = [record for record in pile.copy() if isinstance(record, Record)]
+                    break
+                except RuntimeError:
+                    pass  # somebody has changed it meanwhile
+            found += records if self.lifo else records[::-1]
+        return found
+
+    def take_out(self, unwanted: Callable[[Record[T]], bool]) -> list[Record[T]]:
+        """Remove and return the idle connections that are `unwanted`."""
+        return [record for record in self.snapshot() if unwanted(record) and self.take(record)]
+
+    def take(self, record: Record[T]) -> bool:
+        """Remove an idle connection; False if somebody else has."""
+        for where in self.dormant, self.items:
+            pile: deque[Any] = where
+            try:
+                pile.remove(record)
+            except (ValueError, IndexError):  # the latter: changed meanwhile
+                continue
+            return True
+        return False

@@ -1,0 +1,594 @@
+"""The background of a pool: it opens, checks, resets and closes connections, and keeps the size.
+
+What must live here: all that awaits foreign code. It runs in tasks of the event loop that opened
+the pool, so nobody who wants a connection can cancel it half way, and the sums below need no care.
+Others ask for things by `post`, from any thread.
+
+Each step that runs foreign code has a deadline, is shielded from the end of the loop, and ends by
+putting its connection somewhere, synchronously: into the queue, or into the hands of `discard`. So
+a slot always comes back.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from contextlib import suppress
+from functools import partial
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from weakref import ref
+
+from anyio import (
+    CancelScope,
+    create_task_group,
+    current_effective_deadline,
+    fail_after,
+    get_cancelled_exc_class,
+)
+
+from .._errors import PoolTimeout
+from .._handoff import HandoffQueue
+from .._park import critical, task_sleeper, wake_all
+from ._idle import IdleQueue
+from ._records import (
+    ALWAYS,
+    NEVER,
+    REASONS,
+    ConnectionInfo,
+    Failure,
+    PoolEvent,
+    Reason,
+    Record,
+    Tally,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyio.abc import TaskGroup
+
+    from .._park import Sleeper
+    from ._settings import Settings
+
+T = TypeVar("T")
+
+_chance = random.Random()  # noqa: S311  (nothing secret)
+_log = logging.getLogger("aiosync.pool")
+
+# While the backend is down one connect at a time is tried: so long after the first failure, and
+# then twice as long each time, in seconds. Multiplied by a number from 0.5 to 1, by chance, so that
+# the pools of many processes do not all come at once.
+_FIRST_DELAY, _LONGEST_DELAY = 0.1, 10.0
+_COUNTS = (
+    "requests_queued", "requests_wait_ms", "requests_errors", "timeouts", "cancelled",
+    "returns_bad", "connections_num", "connections_ms", "connections_errors", "connections_lost",
+    "leaks", *(f"closed_{reason}" for reason in REASONS),
+)  # fmt: skip
+
+# Each connection lives up to this much shorter than `max_lifetime`, for the same reason.
+_LIFETIME_JITTER = 0.05
+
+
+async def _call(hook: Callable[..., Any], *args: object) -> Any:
+    result = hook(*args)
+    return await result if isawaitable(result) else result
+
+
+class Keeper(Generic[T]):
+    """What goes on in the background of one pool. All but `post` and `collected` on its loop."""
+
+    def __init__(
+        self, settings: Settings[T], pool: object, closed: Callable[[], Exception]
+    ) -> None:
+        self.settings = settings
+        self.pool = pool
+        self.outage = Failure(lambda: self.too_late(0))
+        self.closed = Failure(closed)
+        self.min_size, self.max_size = settings.min_size, settings.max_size
+        self.clock: Callable[[], float]
+        self.tasks: TaskGroup
+        self.mailbox: HandoffQueue[Callable[[], object]] = HandoffQueue()
+        self.idle: IdleQueue[T] = IdleQueue(
+            settings.lifo, settings.max_idle, self.closed, partial(self.post, _nothing)
+        )
+        # Those who are borrowed, by the id of the connection. To remove one is to claim the right
+        # to say where it goes: back, lost or, when the pool is closed, by force.
+        self.lent: dict[int, Record[T]] = {}
+        # All there are; one is in here until it has been closed. Together with those being opened
+        # never more than `max_size`, except after `resize`.
+        self.records: dict[int, Record[T]] = {}
+        self.opening = 0
+        # Those whose `reset` or `check` is running, and those whose `close` is.
+        self.serving = 0
+        self.leaving: set[int] = set()
+        # Somebody did not wait, but would have liked a connection.
+        self.wish = False
+        # Increased by `drain`: connections that were begun before are not wanted.
+        self.generation = 0
+        # How often connecting has failed since it last succeeded; more than 0 is an outage.
+        self.failures = 0
+        self.last_error: BaseException | None = None
+        self._last_failure = NEVER
+        self._next_attempt = NEVER
+        self._complain_at = NEVER
+        self._connects: set[CancelScope] = set()
+        self.tally = Tally()
+        # The same of those connections that are closed.
+        self.past_uses = 0
+        self.past_usage = 0.0
+        # Those that were closed while borrowed, until their borrowers give them back.
+        self.forced: dict[int, T] = {}
+        # Those who wait until there are `min_size` connections, and until all is over.
+        self.expectant: list[Sleeper] = []
+        self.leavers: list[Sleeper] = []
+        self.stopping = False
+        self.finished = False
+        self.crash: Exception | None = None
+
+    # -- From any thread.
+
+    @critical
+    def post(self, job: Callable[[], object]) -> None:
+        """Have `job` called, and then the whole pool looked at, on the loop of the pool."""
+        self.mailbox.items.appendleft(job)
+        if self.mailbox.line:
+            self.mailbox.match()
+
+    @critical
+    def collected(self, record: Record[T], _: object) -> None:
+        """Take note that nobody has the connection any more. Called by Python."""
+        self.lent.pop(record.key, None)
+        self.post(partial(self._lost, record))
+
+    # -- The main task.
+
+    async def run(self) -> None:
+        try:
+            async with create_task_group() as self.tasks:
+                try:
+                    while not self.stopping:
+                        await self._turn(self._review())
+                finally:
+                    await self._shut_down()
+        except Exception as error:
+            # A defect of ours. On trio it must not end the program; `close` raises it.
+            self.crash = error
+            self.idle.close(self.closed)
+        finally:
+            self.finished = True
+            wake_all(self.expectant)
+            wake_all(self.leavers)
+
+    async def _turn(self, due: float) -> None:
+        """Wait for a job, or until `due`; then do all jobs there are."""
+        patience = None if due == ALWAYS else max(0.0, due - self.clock())
+        job = await self.mailbox.wait(task_sleeper(), patience, None)
+        while job is not None:
+            job()
+            job = self.mailbox.take_or(None)
+
+    def _review(self) -> float:
+        """Bring the pool into the state that it should have; return when to look again."""
+        now = self.clock()
+        idle = self.idle
+        for record in idle.take_out(lambda record: idle.is_spoiled(record, now)):
+            self.discard(record, record.retired if record.expires <= now else "idle")
+        self._shrink()
+        # In this order; see IdleQueue.room.
+        idle.room = self.size < self.max_size
+        self._wake_dormant(now)
+        self._grow(now)
+        idle.room = self.size < self.max_size
+        if self.is_ready():
+            wake_all(self.expectant)
+        return self._next_due(now)
+
+    @property
+    def size(self) -> int:
+        return len(self.records) + self.opening
+
+    def _next_due(self, now: float) -> float:
+        due = self._next_attempt if self.failures and not self.opening else ALWAYS
+        for record in self.idle.snapshot():
+            due = min(due, self.idle.spoils_at(record))
+        for record in self._borrowed():
+            if record.expires > now:
+                # It may become idle at any moment, without a word to us.
+                due = min(due, record.expires, now + self.settings.max_idle)
+            if not record.reported:
+                due = min(due, record.taken + self.settings.leak_timeout)
+        # An idle one may be borrowed at any moment.
+        return min(due, now + self.settings.leak_timeout) if self.records else due
+
+    def _borrowed(self) -> list[Record[T]]:
+        return list(self.lent.copy().values())
+
+    def _shrink(self) -> None:
+        borrowed = self._borrowed()
+        self._report_leaks(borrowed)
+        going = len(self.leaving) + sum(record.expires == NEVER for record in borrowed)
+        surplus = self.size - going - self.max_size
+        if surplus <= 0:
+            return
+        for record in self.idle.snapshot():
+            if surplus and self.idle.take(record):
+                self.discard(record, "resize")
+                surplus -= 1
+        for record in borrowed[:surplus]:
+            record.retire("resize")
+
+    def _wake_dormant(self, now: float) -> None:
+        dormant = self.idle.dormant
+        while dormant and len(self.idle.waiters) > self.serving:
+            try:
+                record = dormant.pop()
+            except IndexError:
+                break  # somebody who does not wait took it
+            if self.idle.is_spoiled(record, now):
+                self.discard(record, "idle" if record.expires > now else record.retired)
+            else:
+                self.serve(record, "check")
+
+    def _grow(self, now: float) -> None:
+        room = self.max_size - self.size
+        waiting = max(len(self.idle.waiters), self.wish)
+        self.wish = False
+        if self.failures:
+            # Somebody has to find out when it is over, even if nobody waits.
+            number = 0 if self.opening or now < self._next_attempt else 1
+        else:
+            number = max(self.min_size - self.size, waiting - self.opening - self.serving)
+            number = min(number, self.settings.max_connecting - self.opening)
+        for _ in range(min(number, room)):
+            self.opening += 1
+            self._start(self._open, now, self.generation)
+
+    def _start(self, work: Callable[..., Any], *args: object) -> None:
+        name = f"{self.settings.name} {work.__name__}"
+        self.tasks.start_soon(self._child, work, *args, name=name)
+
+    async def _child(self, work: Callable[..., Any], *args: object) -> None:
+        try:
+            await work(*args)
+        except get_cancelled_exc_class():
+            if current_effective_deadline() == NEVER:
+                raise
+            # Cancelled natively, and alone. That ends this task, but not all of the others.
+
+    # -- Opening.
+
+    async def _open(self, began: float, generation: int) -> None:
+        record: Record[T] | None = None
+        error: BaseException | None = None
+        ready = False
+        scope: CancelScope | None = None
+        try:
+            with fail_after(self.settings.connect_timeout, shield=True) as scope:
+                self._connects.add(scope)
+                connection = await _call(self.settings.connect)
+                record = self._adopt(connection)
+                if self.settings.configure is not None:
+                    await _call(self.settings.configure, connection)
+                ready = True
+        except Exception as caught:
+            error = caught
+        finally:
+            if scope is not None:
+                self._connects.discard(scope)
+            self.opening -= 1
+            self.tally.add("connections_num")
+            if record is not None:
+                self.tally.add("connections_ms", 1000 * (self.clock() - began))
+                self.records[record.key] = record
+            if error is not None:
+                self._failed(error, began)
+            if record is not None and ready:
+                self._succeeded()
+                self.emit("connected", record)
+                if generation != self.generation:
+                    record.retire("drain")
+                self.give(record)
+            elif record is not None:
+                self.discard(record, "configure", error)
+            self.post(_nothing)
+
+    def _adopt(self, connection: T) -> Record[T]:
+        if connection is None:
+            raise TypeError("connect() of the pool returned None; it must return a connection")
+        if id(connection) in self.records:
+            raise TypeError(
+                "connect() of the pool returned a connection that the pool has already; "
+                "it must make a new one each time"
+            )
+        now = self.clock()
+        lifetime = self.settings.max_lifetime * (1 - _LIFETIME_JITTER * _chance.random())
+        record = Record(connection, now, now + lifetime)
+        with suppress(TypeError):  # it can't be weakly referenced
+            record.ref = ref(connection, partial(self.collected, record))
+        return record
+
+    def _succeeded(self) -> None:
+        if self.failures:
+            self.failures = 0
+            self.last_error = None
+            self.emit("recovered")
+
+    def _failed(self, error: BaseException, began: float) -> None:
+        self.tally.add("connections_errors")
+        self.last_error = error
+        self.emit("connect_failed", error=error)
+        now = self.clock()
+        if not self.failures:
+            _log.warning("%s: cannot connect: %r", self.settings.name, error)
+            self._complain_at = now + self.settings.reconnect_timeout
+            self.emit("outage", error=error)
+        # Of those that were under way together only one counts.
+        if not self.failures or began >= self._last_failure:
+            delay = min(_FIRST_DELAY * 2**self.failures, _LONGEST_DELAY)
+            self.failures = min(self.failures + 1, 30)
+            self._next_attempt = now + delay * _chance.uniform(0.5, 1)
+        self._last_failure = now
+        if now >= self._complain_at and self.settings.reconnect_failed is not None:
+            self._complain_at = now + self.settings.reconnect_timeout
+            self._hook(self.settings.reconnect_failed, self.pool)
+        if self.settings.fail_fast:
+            self.idle.fail(self.outage)
+
+    # -- Serving, closing.
+
+    def give(self, record: Record[T], *, checked: bool = True) -> None:
+        """Let somebody have it; unless nobody may."""
+        now = self.clock()
+        if record.expires <= now:
+            self.discard(record, record.retired)
+            return
+        record.idle_since = now
+        if checked or self.settings.check_idle > 0:
+            record.good_until = min(record.expires, now + self.settings.fresh)
+            self.idle.put(record)
+        else:
+            self.idle.dormant.append(record)
+
+    def returned(self, record: Record[T]) -> None:
+        """Take back what can't simply go to the next."""
+        if record.expires <= self.clock():
+            self.discard(record, record.retired)
+        else:
+            self.serve(record, "reset")
+
+    def serve(self, record: Record[T], step: Literal["check", "reset"]) -> None:
+        """Reset or check a connection; then let somebody have it."""
+        if getattr(self.settings, step) is None:
+            self.give(record, checked=False)
+            return
+        self.serving += 1
+        self._start(self._serve, record, step)
+
+    async def _serve(self, record: Record[T], step: Literal["check", "reset"]) -> None:
+        good = False
+        error: BaseException | None = None
+        try:
+            with fail_after(self.settings.check_timeout, shield=True):
+                result = await _call(getattr(self.settings, step), record.connection)
+                if step == "check" and result is False:
+                    raise ConnectionError("check() returned False")
+            good = True
+        except Exception as caught:
+            error = caught
+        finally:
+            self.serving -= 1
+            if good:
+                self.give(record, checked=step == "check")
+            else:
+                self.discard(record, step, error)
+            self.post(_nothing)
+
+    def begin_check(self, done: Callable[[], None]) -> None:
+        """Check those that are idle now."""
+        self._start(self._check_all, self.idle.snapshot(), done)
+
+    async def _check_all(self, idle: list[Record[T]], done: Callable[[], None]) -> None:
+        """Check idle connections, one after the other, so that the others can be had."""
+        try:
+            for record in idle:
+                if self.settings.check is not None and self.idle.take(record):
+                    self.serving += 1
+                    await self._serve(record, "check")
+        finally:
+            done()
+
+    def discard(
+        self, record: Record[T], reason: Reason, error: BaseException | None = None
+    ) -> None:
+        """Close a connection that nobody has."""
+        self.leaving.add(record.key)
+        if reason in {"check", "reset", "configure", "discard"}:
+            self.tally.add("returns_bad", reason in {"reset", "discard"})
+            self.tally.add("connections_lost", reason == "check")
+        self._start(self._close, record, reason, error)
+
+    async def _close(self, record: Record[T], reason: Reason, error: BaseException | None) -> None:
+        connection = record.alive()
+        try:
+            with fail_after(self.settings.close_timeout, shield=True):
+                await _call(self.settings.close, connection)
+        except Exception as caught:
+            self.emit("close_failed", record, error=caught)
+        finally:
+            self._forget(record, reason, error)
+
+    def _forget(self, record: Record[T], reason: Reason, error: BaseException | None) -> None:
+        self.leaving.discard(record.key)
+        self.records.pop(record.key, None)
+        record.ref = None  # nobody is to be told when it is collected
+        self.past_uses += record.uses
+        self.past_usage += record.usage
+        self.tally.add(f"closed_{reason}")
+        self.emit("closed", record, reason, error)
+        self.post(_nothing)
+
+    def _lost(self, record: Record[T]) -> None:
+        if self.records.get(record.key) is record:
+            self.tally.add("leaks")
+            self.emit("leaked", record, "it was garbage collected\n" + _format(record.stack))
+            self._forget(record, "collected", None)
+
+    def _report_leaks(self, borrowed: list[Record[T]]) -> None:
+        now = self.clock()
+        for record in borrowed:
+            if not record.reported and now >= record.taken + self.settings.leak_timeout:
+                record.reported = True
+                self.tally.add("leaks")
+                stack = _format(record.stack)
+                _log.warning(
+                    "%s: a connection is borrowed for more than %g s by\n%s",
+                    self.settings.name,
+                    self.settings.leak_timeout,
+                    stack,
+                )
+                self.emit("leaked", record, stack)
+
+    # -- The end.
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def want(self) -> None:
+        self.wish = True
+
+    def resize(self, min_size: int, max_size: int) -> None:
+        self.min_size, self.max_size = min_size, max_size
+        self.post(_nothing)
+
+    def drain(self) -> None:
+        self.generation += 1
+        for record in self.records.values():
+            record.retire("drain")
+        self.post(_nothing)
+
+    def is_ready(self) -> bool:
+        """Tell whether there are as many connections as there should be."""
+        return len(self.records) - len(self.leaving) >= self.min_size
+
+    async def _shut_down(self) -> None:
+        """Close all connections: the idle ones, those that come back, and the others by force."""
+        self.stopping = True
+        self.max_size = self.min_size = 0
+        self.idle.close(self.closed)
+        for scope in self._connects:
+            scope.cancel()
+        deadline = self.clock() + self.settings.close_timeout
+        cancellation: BaseException | None = None
+        with CancelScope(shield=True):
+            while self.size:
+                for record in self.idle.take_out(lambda _: True):
+                    self.discard(record, "shutdown")
+                for record in self._borrowed():
+                    record.retire("shutdown")
+                if self.clock() >= deadline:
+                    self._force()
+                    deadline = ALWAYS
+                try:
+                    await self._turn(deadline)
+                except get_cancelled_exc_class() as error:  # a native one
+                    cancellation = error
+        if cancellation is not None:
+            try:
+                raise cancellation
+            finally:
+                del cancellation  # or else it would keep itself, by its traceback
+
+    def _force(self) -> None:
+        for record in self._borrowed():
+            if self.lent.pop(record.key, None) is not None:
+                connection = record.alive()
+                if connection is not None:
+                    self.forced[record.key] = connection
+                    self.discard(record, "forced")
+
+    # -- Telling. From any thread, but for events.
+
+    def gauges(self) -> dict[str, int]:
+        return {
+            "pool_min": self.min_size,
+            "pool_max": self.max_size,
+            "pool_size": self.size,
+            "pool_available": self.idle.idle(),
+            "in_use": len(self.lent),
+            "connecting": self.opening,
+            "requests_waiting": len(self.idle.waiters),
+        }
+
+    def counts(self) -> dict[str, int]:
+        records = list(self.records.copy().values())
+        uses = self.past_uses + sum(record.uses for record in records)
+        usage = self.past_usage + sum(record.usage for record in records)
+        found = {name: int(self.tally.get(name)) for name in _COUNTS}
+        found["requests_num"] = uses + found["requests_errors"] + found["cancelled"]
+        found["usage_ms"] = int(1000 * usage)
+        return found
+
+    def too_late(self, timeout: float | None) -> PoolTimeout:
+        """Return what to raise for who got no connection."""
+        self.tally.add("timeouts")
+        waited = f"within {timeout:g} s" if timeout else "at once"
+        stats = {**self.gauges(), **self.counts()}
+        error = PoolTimeout(
+            f"{self.settings.name} had no connection {waited}: of {stats['pool_max']} at most, "
+            f"{stats['in_use']} are in use and {stats['connecting']} being made; "
+            f"{stats['requests_waiting']} others wait"
+            + (f"; connecting fails: {self.last_error!r}" if self.last_error else ""),
+            stats,
+        )
+        error.__cause__ = self.last_error
+        return error
+
+    def info(self, record: Record[T]) -> ConnectionInfo:
+        now = self.clock()
+        return ConnectionInfo(
+            age=now - record.created,
+            uses=record.uses,
+            usage=record.usage,
+            in_use=now - record.taken if record.key in self.lent else None,
+            expires_in=max(0.0, record.expires - now),
+        )
+
+    def emit(
+        self,
+        kind: Any,
+        record: Record[T] | None = None,
+        reason: str = "",
+        error: BaseException | None = None,
+    ) -> None:
+        if self.settings.on_event is not None:
+            info = None if record is None else self.info(record)
+            event = PoolEvent(kind, self.settings.name, reason, error, info)
+            self._hook(self.settings.on_event, event)
+
+    def _hook(self, hook: Callable[..., Any], *args: object) -> None:
+        """Call what only wants to know; in a task of its own if it is async."""
+        try:
+            result = hook(*args)
+        except Exception:
+            _log.exception("%s: %r failed", self.settings.name, hook)
+            return
+        if isawaitable(result):
+            self._start(self._tell, hook, result)
+
+    async def _tell(self, hook: object, result: Any) -> None:
+        try:
+            with fail_after(self.settings.close_timeout, shield=True):
+                await result
+        except Exception:
+            _log.exception("%s: %r failed", self.settings.name, hook)
+
+
+def _nothing() -> None:
+    """Do nothing; a job that only wants the pool to be looked at."""
+
+
+def _format(stack: list[tuple[str, int, str]]) -> str:
+    return "\n".join(
+        f'  File "{file}", line {line}, in {function}' for file, line, function in stack
+    )
