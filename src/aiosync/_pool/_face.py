@@ -11,7 +11,7 @@ from collections import deque
 from functools import partial
 from itertools import count
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 from weakref import WeakSet
 
 from anyio import WouldBlock
@@ -138,9 +138,69 @@ class ConnectionPool(NotCopied, Generic[T]):
         "_watch",
     )
 
+    @overload
     def __init__(
         self,
-        connect: Callable[[], Awaitable[T] | T],
+        connect: Callable[[], Awaitable[T]],
+        *,
+        close: Callable[[T], object] | None = None,
+        check: Callable[[T], object] | None = None,
+        configure: Callable[[T], object] | None = None,
+        reset: Callable[[T], object] | None = None,
+        min_size: int = 0,
+        max_size: int = 10,
+        name: str | None = None,
+        timeout: float | None = 30.0,
+        max_waiting: int = 0,
+        max_lifetime: float | None = 3600.0,
+        max_idle: float | None = 600.0,
+        lifo: bool = True,
+        check_idle: float | None = 0.5,
+        check_timeout: float | None = 5.0,
+        connect_timeout: float | None = None,
+        close_timeout: float | None = 5.0,
+        max_connecting: int = 3,
+        reconnect_timeout: float | None = 300.0,
+        reconnect_failed: Callable[[ConnectionPool[T]], object] | None = None,
+        fail_fast: bool = False,
+        leak_timeout: float | None = None,
+        on_event: Callable[[PoolEvent], object] | None = None,
+        fast_acquire: bool = False,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        connect: Callable[[], T],
+        *,
+        close: Callable[[T], object] | None = None,
+        check: Callable[[T], object] | None = None,
+        configure: Callable[[T], object] | None = None,
+        reset: Callable[[T], object] | None = None,
+        min_size: int = 0,
+        max_size: int = 10,
+        name: str | None = None,
+        timeout: float | None = 30.0,
+        max_waiting: int = 0,
+        max_lifetime: float | None = 3600.0,
+        max_idle: float | None = 600.0,
+        lifo: bool = True,
+        check_idle: float | None = 0.5,
+        check_timeout: float | None = 5.0,
+        connect_timeout: float | None = None,
+        close_timeout: float | None = 5.0,
+        max_connecting: int = 3,
+        reconnect_timeout: float | None = 300.0,
+        reconnect_failed: Callable[[ConnectionPool[T]], object] | None = None,
+        fail_fast: bool = False,
+        leak_timeout: float | None = None,
+        on_event: Callable[[PoolEvent], object] | None = None,
+        fast_acquire: bool = False,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        connect: Callable[[], object],
         *,
         close: Callable[[T], object] | None = None,
         check: Callable[[T], object] | None = None,
