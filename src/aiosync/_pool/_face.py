@@ -29,6 +29,7 @@ from .._park import (
     critical,
     has_ended,
     here,
+    locate,
     outlast,
     start_in_background,
     task_sleeper,
@@ -128,6 +129,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         "_items",
         "_keeper",
         "_lent",
+        "_lifo",
         "_line",
         "_places",
         "_popped",
@@ -136,6 +138,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         "_state",
         "_task",
         "_watch",
+        "_where",
     )
 
     @overload
@@ -261,7 +264,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         self._lent = self._keeper.lent
         self._fast_acquire = fast_acquire
         # True if `acquire` may not simply take an idle connection; see `Semaphore`.
-        self._detour = self._line if fast_acquire else True
+        self._detour = self._line if fast_acquire and settings.leak_timeout == ALWAYS else True
         self._fresh = settings.fresh
         # Whether to note who borrows.
         self._watch = settings.leak_timeout != ALWAYS
@@ -271,6 +274,9 @@ class ConnectionPool(NotCopied, Generic[T]):
         self._places = deque([None] * max_waiting) if max_waiting else None
         # What `pop_stats` subtracts.
         self._popped: dict[str, int] = {}
+        self._lifo = lifo
+        # What tells whether `_home` is running on this thread; see `locate`.
+        self._where: Callable[[], object] = here
         self._home: object = None
         self._clock: Callable[[], float] = monotonic
         self._task: object = None
@@ -287,6 +293,7 @@ class ConnectionPool(NotCopied, Generic[T]):
             raise PoolClosed(f"{self.name} can be opened only once; make a new pool")
         self._clock = self._keeper.clock = clock()
         self._home = here()
+        self._where = locate()
         self._state = _OPEN
         _open_pools.add(self)
         self._idle.open()
@@ -321,11 +328,14 @@ class ConnectionPool(NotCopied, Generic[T]):
         """Complain if nobody may use the pool, or nobody on this event loop."""
         if self._idle.shut is not None:
             raise self._not_open()
-        if here() is not self._home:
-            raise RuntimeError(
-                f"{self.name} was opened on another event loop, to which its connections belong: "
-                f"open a pool for each event loop; from a thread use as_threading(pool)"
-            )
+        if self._where() is not self._home:
+            raise self._elsewhere()
+
+    def _elsewhere(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self.name} was opened on another event loop, to which its connections belong: "
+            f"open a pool for each event loop; from a thread use as_threading(pool)"
+        )
 
     def _leave_to_parent(self) -> None:
         """In a child process: let go of all that belongs to the parent, without touching it."""
@@ -363,16 +373,21 @@ class ConnectionPool(NotCopied, Generic[T]):
         :raises TypeError: if `timeout` is no number
         :raises ValueError: if `timeout` is NaN
         """
-        if timeout is None and not self._detour and here() is self._home:
+        if timeout is None and not self._detour and self._where() is self._home:
             try:
                 record: Any = self._items.pop()
             except IndexError:
-                pass
-            else:
-                now = self._clock()
-                if record.good_until > now:
-                    return self._lend(record, now)
-                self._idle.dormant.append(record)
+                return await self._take(None, task_sleeper)
+            now = self._clock()
+            if record.good_until > now:
+                # The same as `_lend`, without the call.
+                record.taken = now
+                record.uses += 1
+                connection: T = record.connection
+                self._lent[record.key] = record
+                record.connection = record.kept
+                return connection
+            self._idle.dormant.append(record)
         return await self._take(timeout, task_sleeper)
 
     @critical
@@ -406,39 +421,65 @@ class ConnectionPool(NotCopied, Generic[T]):
 
     @critical
     async def _take(self, timeout: float | None, new_sleeper: Callable[[], Sleeper]) -> T:
+        # All in one, because each coroutine that a waiter sleeps through costs it 3%.
+        idle = self._idle
+        if idle.shut is not None:
+            raise self._not_open()
         is_task = new_sleeper is task_sleeper
-        if is_task or self._idle.shut is not None:
-            self._check_open()
-        timeout = self._settings.timeout if timeout is None else check_timeout(timeout)
+        if is_task and self._where() is not self._home:
+            raise self._elsewhere()
+        began = self._clock()
+        deadline = None
+        if timeout is not None:
+            timeout = check_timeout(timeout)
+        else:
+            timeout = self._settings.timeout
+            if is_task and timeout is not None:
+                deadline = began + timeout
         patient = timeout is None or timeout > 0
-        record: Record[T] | Failure | None = self._idle.pick(self._clock(), patient)
+        record = idle.pick(began, patient) if self._items or idle.dormant else None
         if record is None and patient:
-            record = await self._wait(timeout, new_sleeper)
-        elif is_task and not self._fast_acquire:
+            found: Record[T] | Failure | None = self._admit(new_sleeper)
+            try:
+                if found is None:
+                    if deadline is None:
+                        found = await idle.wait(new_sleeper(), timeout, None)
+                    else:
+                        # Without a timer of our own, which is half of what it costs to wait.
+                        self._keeper.watch(deadline)
+                        found = await idle.wait(new_sleeper(), None, None, deadline)
+            except BaseException:
+                self._waited_in_vain("cancelled", began)
+                raise
+            finally:
+                if self._places is not None:
+                    self._places.append(None)
+            if isinstance(found, Record):
+                now = self._clock()
+                found.queued += 1
+                found.waited += now - began
+                return self._lend(found, now)
+            self._waited_in_vain("requests_errors", began)
+            raise self._keeper.too_late(timeout) if found is None else found.error()
+        if is_task and not self._fast_acquire:
             try:
                 await checkpoint()
             except BaseException:
                 if record is not None:
-                    self._idle.put(record)
+                    idle.put(record)
                 raise
-        if isinstance(record, Record):
+        if record is not None:
             return self._lend(record, self._clock())
         self._keeper.tally.add("requests_errors")
-        if record is not None:
-            raise record.error()
         self._keeper.post(self._keeper.want)
         raise self._keeper.too_late(timeout)
 
     @critical
-    async def _wait(
-        self, timeout: float | None, new_sleeper: Callable[[], Sleeper]
-    ) -> Record[T] | Failure | None:
+    def _admit(self, new_sleeper: Callable[[], Sleeper]) -> Failure | None:
+        """Let somebody begin to wait; return what to tell who would wait in vain."""
         keeper = self._keeper
-        if keeper.failures and self._settings.fail_fast:
-            return keeper.outage
         if new_sleeper is not task_sleeper and has_ended(self._home):
             raise PoolClosed(f"the event loop of {self.name} has ended, without closing the pool")
-        sleeper = new_sleeper()
         if self._places is not None:
             try:
                 self._places.pop()
@@ -447,17 +488,13 @@ class ConnectionPool(NotCopied, Generic[T]):
                 raise TooManyRequests(
                     f"{self._settings.max_waiting} wait for a connection of {self.name} already"
                 ) from None
-        began = self._clock()
-        try:
-            keeper.tally.add("requests_queued")
-            return await self._idle.wait(sleeper, timeout, None)
-        except BaseException:
-            keeper.tally.add("cancelled")
-            raise
-        finally:
-            if self._places is not None:
-                self._places.append(None)
-            keeper.tally.add("requests_wait_ms", 1000 * (self._clock() - began))
+        return keeper.outage if keeper.failures and self._settings.fail_fast else None
+
+    def _waited_in_vain(self, outcome: str, began: float) -> None:
+        tally = self._keeper.tally
+        tally.add(outcome)
+        tally.add("requests_queued")
+        tally.add("requests_wait_ms", 1000 * (self._clock() - began))
 
     @critical
     def _lend(self, record: Record[T], now: float) -> T:
@@ -468,8 +505,7 @@ class ConnectionPool(NotCopied, Generic[T]):
             record.stack = call_stack()
             record.reported = False
         self._lent[record.key] = record
-        if record.ref is not None:
-            record.connection = None
+        record.connection = record.kept
         return connection  # type: ignore[no-any-return]
 
     @critical
@@ -492,12 +528,17 @@ class ConnectionPool(NotCopied, Generic[T]):
         record.usage += now - record.taken
         record.idle_since = now
         record.connection = connection
+        good_until = now + self._fresh
+        record.good_until = good_until if good_until < record.expires else record.expires
         if self._service or record.expires <= now:
             self._keeper.post(partial(self._keeper.returned, record))
-            return
-        good_until = now + self._fresh
-        record.good_until = min(record.expires, good_until)
-        self._idle.put(record)
+        elif self._lifo:
+            # The same as `IdleQueue.put`, without the call.
+            self._items.append(record)
+            if self._line:
+                self._idle.match()
+        else:
+            self._idle.put(record)
 
     @critical
     def discard(self, connection: T) -> None:

@@ -70,10 +70,10 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
 
     @critical
     def join(self, waiter: Sleeper, claim: Claim) -> None:
-        super().join(waiter, claim)
-        if self.shut is not None:
+        self.waiters[waiter] = claim
+        if self.items or self.shut is not None:
             self.match()
-        elif self.room or self.dormant:
+        if self.room or self.dormant:
             self.call_keeper()
 
     @critical

@@ -112,11 +112,12 @@ class Keeper(Generic[T]):
         self._last_failure = NEVER
         self._next_attempt = NEVER
         self._complain_at = NEVER
+        # Not later than that of any task that waits, with the `timeout` of the pool.
+        self.next_deadline = ALWAYS
         self._connects: set[CancelScope] = set()
         self.tally = Tally()
-        # The same of those connections that are closed.
-        self.past_uses = 0
-        self.past_usage = 0.0
+        # Of those connections that are closed.
+        self.past = Record[T](None, 0, NEVER)  # type: ignore[arg-type]
         # Those that were closed while borrowed, until their borrowers give them back.
         self.forced: dict[int, T] = {}
         # Those who wait until there are `min_size` connections, and until all is over.
@@ -140,6 +141,12 @@ class Keeper(Generic[T]):
         """Take note that nobody has the connection any more. Called by Python."""
         self.lent.pop(record.key, None)
         self.post(partial(self._lost, record))
+
+    def watch(self, deadline: float) -> None:
+        """See to it that a task that waits until then is woken. On the loop of the pool only."""
+        if deadline < self.next_deadline:  # or else those who came before see to it
+            self.next_deadline = deadline
+            self.post(_nothing)
 
     # -- The main task.
 
@@ -174,6 +181,8 @@ class Keeper(Generic[T]):
         idle = self.idle
         for record in idle.take_out(lambda record: idle.is_spoiled(record, now)):
             self.discard(record, record.retired if record.expires <= now else "idle")
+        if now >= self.next_deadline:
+            self.next_deadline = idle.expire(now)
         self._shrink()
         # In this order; see IdleQueue.room.
         idle.room = self.size < self.max_size
@@ -189,7 +198,9 @@ class Keeper(Generic[T]):
         return len(self.records) + self.opening
 
     def _next_due(self, now: float) -> float:
-        due = self._next_attempt if self.failures and not self.opening else ALWAYS
+        due = self.next_deadline
+        if self.failures and not self.opening:
+            due = min(due, self._next_attempt)
         for record in self.idle.snapshot():
             due = min(due, self.idle.spoils_at(record))
         for record in self._borrowed():
@@ -306,6 +317,7 @@ class Keeper(Generic[T]):
         record = Record(connection, now, now + lifetime)
         with suppress(TypeError):  # it can't be weakly referenced
             record.ref = ref(connection, partial(self.collected, record))
+            record.kept = None
         return record
 
     def _succeeded(self) -> None:
@@ -422,8 +434,7 @@ class Keeper(Generic[T]):
         self.leaving.discard(record.key)
         self.records.pop(record.key, None)
         record.ref = None  # nobody is to be told when it is collected
-        self.past_uses += record.uses
-        self.past_usage += record.usage
+        self.past.add(record)
         self.tally.add(f"closed_{reason}")
         self.emit("closed", record, reason, error)
         self.post(_nothing)
@@ -521,12 +532,14 @@ class Keeper(Generic[T]):
         }
 
     def counts(self) -> dict[str, int]:
-        records = list(self.records.copy().values())
-        uses = self.past_uses + sum(record.uses for record in records)
-        usage = self.past_usage + sum(record.usage for record in records)
+        total: Record[Any] = Record(None, 0, NEVER)
+        for record in (self.past, *self.records.copy().values()):
+            total.add(record)
         found = {name: int(self.tally.get(name)) for name in _COUNTS}
-        found["requests_num"] = uses + found["requests_errors"] + found["cancelled"]
-        found["usage_ms"] = int(1000 * usage)
+        found["requests_num"] = total.uses + found["requests_errors"] + found["cancelled"]
+        found["requests_queued"] += total.queued
+        found["requests_wait_ms"] += int(1000 * total.waited)
+        found["usage_ms"] = int(1000 * total.usage)
         return found
 
     def too_late(self, timeout: float | None) -> PoolTimeout:

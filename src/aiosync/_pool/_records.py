@@ -48,7 +48,9 @@ class Record(Generic[T]):
         "expires",
         "good_until",
         "idle_since",
+        "kept",
         "key",
+        "queued",
         "ref",
         "reported",
         "retired",
@@ -56,6 +58,7 @@ class Record(Generic[T]):
         "taken",
         "usage",
         "uses",
+        "waited",
     )
 
     def __init__(self, connection: T, created: float, expires: float) -> None:
@@ -63,6 +66,8 @@ class Record(Generic[T]):
         # keeps it, and Python tells us if that loses it.
         self.connection: T | None = connection
         self.ref: ref[Any] | None = None
+        # What `connection` is while it is borrowed.
+        self.kept: T | None = connection
         # By which it is known while it is borrowed. Unique, because it does not die before that.
         self.key = id(connection)
         self.created = created
@@ -78,6 +83,9 @@ class Record(Generic[T]):
         self.taken = created
         self.uses = 0
         self.usage = 0.0
+        # How many who got it had to wait, and for how many seconds in all.
+        self.queued = 0
+        self.waited = 0.0
         # Who borrowed it, if the pool looks for leaks; and whether it has reported this one.
         self.stack: list[tuple[str, int, str]] = []
         self.reported = False
@@ -87,6 +95,13 @@ class Record(Generic[T]):
         if self.expires != NEVER:
             self.retired = reason
             self.expires = self.good_until = NEVER
+
+    def add(self, other: Record[Any]) -> None:
+        """Count what `other` was used as if this had been used so too."""
+        self.uses += other.uses
+        self.usage += other.usage
+        self.queued += other.queued
+        self.waited += other.waited
 
     def alive(self) -> T | None:
         """Return the connection, also while it is borrowed; None if it was collected."""
