@@ -28,6 +28,7 @@ from asyncio import (
 from asyncio import (
     InvalidStateError as InvalidStateError,  # noqa: PLC0414  (for `_handoff` too)
 )
+from contextvars import copy_context
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
@@ -354,7 +355,7 @@ def start_in_background(work: Callable[[], Coroutine[Any, Any, None]], name: str
     """
     trio = _running_trio()
     if trio is not None:
-        task: object = trio.lowlevel.spawn_system_task(work, name=name)
+        task: object = trio.lowlevel.spawn_system_task(work, name=name, context=copy_context())
         return task
     loop = _get_running_loop()
     if loop is None:
