@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -278,7 +279,9 @@ def test_views_cannot_be_pickled_or_copied_but_weakly_referenced(new: Callable[[
     ],
 )
 def test_as_threading_of_anything_else_is_a_type_error_that_says_what_it_takes(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="takes an aiosync Semaphore, BoundedSemaphore or Barrier"):
+    with pytest.raises(
+        TypeError, match="takes an aiosync Semaphore, BoundedSemaphore, Barrier or ConnectionPool"
+    ):
         as_threading(wrong)
 
 
@@ -1248,3 +1251,43 @@ def test_a_round_raced_by_timeout_and_arrival_is_passed_by_both_threads_or_by_ne
         aim.learn(mine == 1)
     assert waiter.result() is None
     assert min(aim.outcomes) > races // 20
+
+
+class _Emptied(dict[Any, None]):
+    """Another thread takes the last one between the look and the removal."""
+
+    def popitem(self) -> tuple[Any, None]:
+        self.clear()
+        return super().popitem()
+
+
+def test_two_threads_that_wake_the_last_one_at_once_do_no_harm() -> None:
+    round = Barrier(2)._rounds.latest
+    round.threads = _Emptied({object(): None})  # type: ignore[dict-item]
+    round.wake_a_thread()
+    assert not round.threads
+
+
+@pytest.mark.parametrize("end", ["trip", "abort", "timeout", "interrupt"])
+def test_all_threads_go_on_although_they_wake_one_another(end: str) -> None:
+    # Some of them leave for reasons of their own at the very moment when the others are woken.
+    parties = 12
+    for _ in range(20):
+        barrier = Barrier(parties)
+        view = as_threading(barrier)
+        limits = [0.02 if end == "timeout" and number % 3 == 0 else None for number in range(11)]
+        jobs = [InThread(partial(view.wait, limit)) for limit in limits]
+        if end == "trip":
+            until(lambda: barrier.n_waiting == parties - 1)  # noqa: B023
+            assert view.wait() == parties - 1
+        elif end == "abort":
+            until(lambda: barrier.n_waiting == parties - 1)  # noqa: B023
+            barrier.abort()
+        elif end == "interrupt":
+            until(lambda: barrier.n_waiting == parties - 1)  # noqa: B023
+            barrier._rounds.latest.wake_a_thread()  # as if it had been interrupted
+        results = [job.result() for job in jobs]
+        if end == "trip":
+            assert sorted(results, key=repr) == sorted(range(parties - 1), key=repr)
+        else:
+            assert all(isinstance(result, BrokenBarrierError) for result in results)

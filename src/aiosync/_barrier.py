@@ -56,14 +56,18 @@ _RESET = "reset() was called"
 class _Round:
     """One generation of the barrier."""
 
-    __slots__ = ("decided", "fate", "next", "places", "sleepers")
+    __slots__ = ("decided", "fate", "next", "places", "sleepers", "threads")
 
     def __init__(self, places: list[int]) -> None:
         # The indices not yet given out, taken from the right: 0 first, parties - 1 last. To remove
         # one is to arrive.
         self.places = places
-        # Who is to be woken once the fate is known, in the order in which they came.
+        # The tasks to be woken once the fate is known, in the order in which they came.
         self.sleepers: list[Sleeper] = []
+        # The threads. Of these only one is woken, and each that leaves wakes one more: to wake all
+        # at once makes them fight for the interpreter, and a round of 8 take twice as long. A
+        # thread takes itself out before it leaves. So whoever is found in here has not left yet.
+        self.threads: dict[Sleeper, None] = {}
         # Written by setdefault only, so each key once:
         #   "fate": by who came first, the last party (TRIPPED, or FULL if there is an action) or
         #       somebody who breaks the round
@@ -99,9 +103,25 @@ class _Round:
     def wake(self) -> None:
         """Wake everybody, the fate being known. Does no harm if it is done again."""
         wake_all(self.sleepers)
+        self.wake_a_thread()
         latecomers = self.decided.get("latecomers")
         if latecomers is not None:
             wake_all(latecomers)
+
+    @critical
+    def wake_a_thread(self) -> None:
+        if self.threads:
+            try:
+                thread, _ = self.threads.popitem()
+            except KeyError:
+                return  # another thread was faster
+            wake_all([thread])
+
+    @critical
+    def leave(self, thread: Sleeper) -> None:
+        """Take out a thread that sleeps no more, and wake the next. The fate is known by now."""
+        self.threads.pop(thread, None)
+        self.wake_a_thread()
 
     def error(self) -> BrokenBarrierError:
         """Return what to raise for who lost against somebody that broke the round."""
@@ -276,6 +296,8 @@ class Barrier(NotCopied):
         timeout = self._timeout if timeout is None else check_timeout(timeout)
         rounds = self._rounds
         round = rounds.latest
+        is_task = self._new_sleeper is task_sleeper
+        sleeper: Sleeper | None = None
         try:
             while True:
                 round = rounds.latest
@@ -285,7 +307,7 @@ class Barrier(NotCopied):
                 # that is the only party makes a checkpoint, which fails where this does. Nor does a
                 # thread need one that will not wait.
                 last = len(round.places) == 1
-                if self._new_sleeper is task_sleeper:
+                if is_task:
                     sleeper = None if last and rounds.last else task_sleeper()
                 elif last or (timeout is not None and timeout <= 0):
                     sleeper = None
@@ -319,13 +341,16 @@ class Barrier(NotCopied):
                     ):
                         round.wake()  # in case a signal handler has raised in the middle of it
                     raise
-                if index == 0 and self._new_sleeper is task_sleeper:
+                if index == 0 and is_task:
                     # Nobody ever waits for others here, so others might never run.
                     await checkpoint()
                 return index
             try:
                 if sleeper is not None:
-                    round.sleepers.append(sleeper)
+                    if is_task:
+                        round.sleepers.append(sleeper)
+                    else:
+                        round.threads[sleeper] = None
                     if round.fate is None:
                         if timeout is None:
                             await sleeper
@@ -333,8 +358,14 @@ class Barrier(NotCopied):
                             await at_most(sleeper, timeout)
                 if round.fate is None and not round.break_(_TIMED_OUT, although_full=False):
                     # Too late for that: all have arrived. What becomes of the round is not known.
-                    sleeper = self._new_sleeper()
-                    round.sleepers.append(sleeper)
+                    if is_task:
+                        sleeper = task_sleeper()
+                        round.sleepers.append(sleeper)
+                    else:
+                        if sleeper is not None:
+                            round.threads.pop(sleeper, None)
+                        sleeper = self._new_sleeper()
+                        round.threads[sleeper] = None
                     if round.fate is None:
                         await sleeper
             except BaseException:
@@ -344,6 +375,8 @@ class Barrier(NotCopied):
                 raise round.error()
             return index
         finally:
+            if not is_task and sleeper is not None:
+                round.leave(sleeper)
             # Or else an exception that somebody keeps would keep this round, by its traceback, and
             # so all that come after it.
             del round
