@@ -1263,7 +1263,7 @@ class _Emptied(dict[Any, None]):
 
 def test_two_threads_that_wake_the_last_one_at_once_do_no_harm() -> None:
     round = Barrier(2)._rounds.latest
-    round.threads = _Emptied({object(): None})  # type: ignore[dict-item]
+    round.threads = _Emptied({object(): None})
     round.wake_a_thread()
     assert not round.threads
 
