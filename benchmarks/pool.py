@@ -4,7 +4,7 @@ All manage stub connections, which do nothing, so what is measured is the pool. 
 installed are named, and left out. The implementations take turns, round by round, in one process;
 what is printed is the ratio of the medians.
 
-    python -m pip install psycopg psycopg_pool sqlalchemy greenlet redis coredis
+    python -m pip install 'psycopg[binary]' psycopg_pool sqlalchemy greenlet redis coredis asyncpg
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ import asyncio
 import gc
 import platform
 import statistics
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import aiosync
+
+# The tests know how to start a server.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from postgres_server import PostgresServer
 
 ROUNDS = 15
 SIZE = 10
@@ -179,6 +185,42 @@ async def of_coredis() -> AsyncIterator[Peer]:
             connection.invalidate()
 
 
+def on_postgres(host: str) -> dict[str, Maker]:
+    """Return makers of pools of real connections. None of them resets these, which takes longer."""
+
+    @asynccontextmanager
+    async def ours_of_asyncpg() -> AsyncIterator[Peer]:
+        import asyncpg
+
+        async def connect() -> Any:
+            return await asyncpg.connect(host=host, user="postgres", database="postgres")
+
+        async with aiosync.ConnectionPool(
+            connect, min_size=SIZE, max_size=SIZE, fast_acquire=True
+        ) as pool:
+            await pool.wait()
+            yield Peer(pool.acquire, pool.release, False)
+
+    @asynccontextmanager
+    async def of_asyncpg() -> AsyncIterator[Peer]:
+        import asyncpg
+
+        async def leave_it(connection: Any) -> None:
+            pass
+
+        async with asyncpg.create_pool(
+            host=host,
+            user="postgres",
+            database="postgres",
+            min_size=SIZE,
+            max_size=SIZE,
+            reset=leave_it,
+        ) as pool:
+            yield Peer(pool.acquire, pool.release, True)
+
+    return {"aiosync": ours_of_asyncpg, "asyncpg": of_asyncpg}
+
+
 async def alone(peer: Peer) -> float:
     """Seconds to borrow and give back where nobody else wants to."""
     acquire, release, release_is_async = peer
@@ -279,6 +321,16 @@ def main() -> None:
     all_of_them = {**asynchronous, **installed({"SQLAlchemy QueuePool": of_sqlalchemy})}
     compare("borrow + give back, alone", alone, {"aiosync": ours, **all_of_them})
     compare("100 tasks, 10 connections", contended, {"aiosync": ours, **asynchronous})
+    why_not = PostgresServer.why_not()
+    if why_not is None:
+        with PostgresServer() as server:
+            server.start()
+            makers = on_postgres(server.host)
+            if "asyncpg" in installed(makers):
+                compare("borrow + give back, alone", alone, makers)
+                compare("100 tasks, 10 connections", contended, makers)
+    else:
+        print(f"asyncpg is left out: {why_not}")
     print()
     for name, make in {"aiosync": ours, **asynchronous}.items():
         ratio = statistics.median(measure(fairness, make) for _ in range(3))

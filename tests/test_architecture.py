@@ -19,6 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "_semaphore": {"_errors", "_park", "_handoff"},
     "_barrier": {"_errors", "_park", "_handoff"},
     "_pool": {"_errors", "_park", "_handoff"},
+    "recipes": {"_pool"},
     "_bridge": {"_errors", "_park", "_semaphore", "_barrier", "_pool"},
     "_legacy": {"_errors", "_park", "_handoff"},
     "__init__": {"_errors", "_semaphore", "_barrier", "_pool", "_bridge", "_legacy"},

@@ -72,7 +72,10 @@ class ConnectionPool(NotCopied, Generic[T]):
     cancelled or runs out of time ever spoils one. OS threads share the pool by `as_threading`.
 
     All functions given to it may be plain or async, and are called on the event loop that opened
-    the pool. A plain one that blocks, blocks that loop; use `anyio.to_thread.run_sync` for those.
+    the pool. A plain one that blocks, blocks that loop: let an async one call it by
+    `anyio.to_thread.run_sync`, with a limiter of its own (or else the threads that wait for a
+    connection may occupy all there are), and ``abandon_on_cancel=True`` (or else the pool can't be
+    closed before it returns). `aiosync.recipes` does that for some drivers.
 
     The names are those of ``psycopg_pool``. All times are in seconds.
 

@@ -557,13 +557,16 @@ class Keeper(Generic[T]):
         error.__cause__ = self.last_error
         return error
 
+    def is_borrowed(self, record: Record[T]) -> bool:
+        return record.key in self.lent or record.key in self.forced
+
     def info(self, record: Record[T]) -> ConnectionInfo:
         now = self.clock()
         return ConnectionInfo(
             age=now - record.created,
             uses=record.uses,
             usage=record.usage,
-            in_use=now - record.taken if record.key in self.lent else None,
+            in_use=now - record.taken if self.is_borrowed(record) else None,
             expires_in=max(0.0, record.expires - now),
         )
 

@@ -149,7 +149,9 @@ class ConnectionInfo:
     usage: float
     """For how long it has been borrowed, not counting the present time."""
     in_use: float | None
-    """For how long it has been borrowed now; None if it is idle."""
+    """For how long it has been borrowed now; None if it is idle. While the pool closes a connection
+    by force, its borrower still has it, until this is None.
+    """
     expires_in: float
     """In how many seconds it will be replaced because of its age: infinite if never."""
 
