@@ -10,11 +10,15 @@ import os
 import re
 import runpy
 import signal
+import sqlite3
+import stat
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import textwrap
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +76,18 @@ def no_handler_left() -> Iterator[None]:
     assert demo._log.handlers == []
 
 
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder for temporary files. However a test ends the demo, none may be left in there."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    for name in ["TMPDIR", "TEMP", "TMP"]:  # for other processes
+        monkeypatch.setenv(name, str(folder))
+    yield folder
+    assert list(folder.iterdir()) == []
+
+
 def expected(texts: dict[str, str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for text in texts.values():
@@ -103,16 +119,22 @@ class Table:
         counts = expected(texts)
         assert self.facts["backend"] == backend
         assert self.facts["files"] == str(len(texts))
-        assert self.facts["words"] == str(sum(counts.values()))
+        assert self.number("words") == sum(counts.values())
         assert self.facts["rounds of the barrier"] == "2"
         assert float(self.facts["seconds"]) >= 0
         assert len(self.names) == min(10, len(counts))
-        assert self.names.items() <= counts.items()
-        assert list(self.names.values()) == [n for _, n in counts.most_common(10)]
+        by_frequency = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        assert list(self.names.items()) == by_frequency[:10]
+        assert 1 <= self.number("peak of connections in use") <= self.number("connections made")
+        assert self.number("connections made") <= 3
+        assert 1 <= self.number("had to wait") <= self.number("checkouts")
+
+    def number(self, label: str) -> int:
+        return int(self.facts[label].replace(",", ""))
 
     @property
     def peak(self) -> int:
-        return int(self.facts["peak of readers"])
+        return self.number("peak of readers")
 
 
 def python(*args: object, **how: Any) -> subprocess.CompletedProcess[str]:
@@ -163,7 +185,17 @@ def test_one_file_whatever_its_suffix(
 ) -> None:
     assert main(tree / "six.bin", "--backend", backend, "--workers", 1, "--limit", 1) == 0
     out, err = capsys.readouterr()
-    Table.all(out)[0].check(backend, {"six.bin": OTHERS["six.bin"]})
+    (table,) = Table.all(out)
+    table.check(backend, {"six.bin": OTHERS["six.bin"]})
+    # It waits for the connection to be made, and uses it once more for the result.
+    assert table.number("connections made") == table.number("had to wait") == 1
+    assert table.number("checkouts") == 2
+    assert out.splitlines()[-4:] == [
+        "connections made                       1",
+        "peak of connections in use             1",
+        "checkouts                              2",
+        "had to wait                            1",
+    ]
     assert err.splitlines() == [
         f"{backend}: 1 file for 1 worker",
         "worker-1 loaded 1 file",
@@ -297,6 +329,243 @@ def test_nobody_counts_before_all_have_loaded(
     assert lines[5] == "all 4 workers have loaded: counting"
     assert {line.split()[1] for line in lines[6:10]} == {"counted"}
     assert lines[10:] == ["all 4 workers have counted: done"]
+
+
+# The database
+
+
+@pytest.fixture
+def rich(tmp_path: Path) -> dict[str, str]:
+    """Texts in `tmp_path / "rich"`, one for each worker, with more names than fit into a batch."""
+    names = [f"{letter}{number}" for letter in "abc" for number in range(4000)]
+    texts = {f"{n}.txt": " ".join([*names, *names[n:50]]) for n in range(8)}
+    (tmp_path / "rich").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "rich" / name).write_text(text)
+    return texts
+
+
+@each_backend
+@each_mixture
+def test_all_batches_of_all_workers_are_added_up(
+    tmp_path: Path,
+    rich: dict[str, str],
+    backend: str,
+    threads: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(tmp_path / "rich", "--backend", backend, "--threads", threads) == 0
+    (table,) = Table.all(capsys.readouterr().out)
+    table.check(backend, rich)
+    assert table.number("checkouts") == 8 * 3 + 1
+
+
+@each_backend
+@each_mixture
+def test_three_connections_are_in_use_at_once_and_no_more(
+    many: Path,
+    backend: str,
+    threads: int,
+    temporary: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Of 12 that store, the first three keep their connections until the other nine stand in line.
+    # If one of those got a connection all the same, that would show in `most`.
+    crowded = threading.Event()
+    lock = threading.Lock()
+    storing = most = stores = 0
+    seen: set[sqlite3.Connection] = set()
+    genuine = demo.Crew.store
+
+    def store(self: demo.Crew, connection: sqlite3.Connection, batch: Any) -> None:
+        nonlocal storing, most, stores
+        with lock:
+            storing += 1
+            stores += 1
+            most = max(most, storing)
+            seen.add(connection)
+            early = stores <= 3
+        genuine(self, connection, batch)
+        deadline = time.monotonic() + PATIENCE
+        while early and not crowded.wait(0.001):
+            assert time.monotonic() < deadline
+            if storing == 3 and self.pool.get_stats()["requests_waiting"] == 9:
+                crowded.set()  # for all three: the first of them to go shortens the line
+        (folder,) = temporary.iterdir()
+        assert (folder / "counts.db").is_file()
+        if sys.platform != "win32":
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # nobody else's business
+        with lock:
+            storing -= 1
+
+    monkeypatch.setattr(demo.Crew, "store", store)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: "spam")
+    assert main(many, "--backend", backend, "--workers", 12, "--threads", threads) == 0
+    (table,) = Table.all(capsys.readouterr().out)
+    assert table.names == {"spam": 400}
+    assert len(seen) == table.number("connections made") == 3
+    assert table.number("peak of connections in use") == most == 3
+    assert table.number("checkouts") == stores + 1 == 13
+    # The nine; the other three did too, if their connections had to be made first.
+    assert 9 <= table.number("had to wait") <= 12
+
+
+@each_backend
+@each_mixture
+def test_a_full_disk_is_told_in_one_line(
+    tmp_path: Path,
+    rich: dict[str, str],
+    backend: str,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    genuine = demo.connect
+
+    def connect(path: Path) -> sqlite3.Connection:
+        connection = genuine(path)
+        connection.execute("PRAGMA max_page_count = 5").close()
+        return connection
+
+    monkeypatch.setattr(demo, "connect", connect)
+    assert main(tmp_path / "rich", "--backend", backend, "--threads", threads) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    *lines, last = err.splitlines()
+    assert last == "aiosync: error: cannot store the counts: database or disk is full"
+    assert len(lines) == 1 + 8 + 1
+
+
+@each_backend
+@each_mixture
+def test_who_stands_in_line_for_a_connection_when_the_run_is_over_goes_home(
+    many: Path,
+    backend: str,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stores: list[None] = []
+
+    def store(self: demo.Crew, *_: object) -> None:
+        stores.append(None)
+        if len(stores) == 1:
+            raise sqlite3.OperationalError("disk I/O error")
+        deadline = time.monotonic() + PATIENCE
+        while not self.barrier.broken:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    monkeypatch.setattr(demo.Crew, "store", store)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: "spam")
+    assert main(many, "--backend", backend, "--threads", threads) == 2
+    # Three, and one to whom the first gave its connection just before the others were told.
+    assert len(stores) <= 4
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "aiosync: error: cannot store the counts: disk I/O error"
+
+
+@each_backend
+@each_mixture
+def test_who_is_at_the_barrier_goes_home_when_another_cannot_store(
+    many: Path,
+    backend: str,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    announcer = Announcer(" counted ", 7)
+    genuine = demo.Crew.store
+
+    def store(self: demo.Crew, connection: sqlite3.Connection, batch: Any) -> None:
+        if dict(batch).get("last"):
+            assert announcer.heard.wait(PATIENCE)
+            connection.execute("nonsense")
+        genuine(self, connection, batch)
+
+    monkeypatch.setattr(demo.Crew, "store", store)
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, **_: "last" if path.stem == "007" else "spam"
+    )
+    demo._log.addHandler(announcer)
+    try:
+        assert main(many, "--backend", backend, "--threads", threads) == 2
+    finally:
+        demo._log.removeHandler(announcer)
+    out, err = capsys.readouterr()
+    assert out == ""
+    *lines, last = err.splitlines()
+    assert last == 'aiosync: error: cannot store the counts: near "nonsense": syntax error'
+    assert len(lines) == 1 + 8 + 1 + 7
+
+
+@each_backend
+def test_a_result_that_cannot_be_read(
+    tree: Path, backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "_SUM", "SELECT nonsense")
+    assert main(tree, "--backend", backend) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert last == "aiosync: error: cannot store the counts: no such column: nonsense"
+
+
+def test_a_temporary_folder_that_cannot_be_used(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tree / "nowhere"))
+    assert main(tree) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"aiosync: error: cannot store the counts: .+nowhere.+\n", err)
+
+
+def connect_nowhere(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path.parent / "nowhere" / "counts.db")
+
+
+def test_a_database_that_cannot_be_made(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "connect", connect_nowhere)
+    assert main(tree) == 2
+    message = "aiosync: error: cannot store the counts: unable to open database file\n"
+    assert capsys.readouterr() == ("", message)
+
+
+@each_backend
+@each_mixture
+def test_a_database_that_cannot_be_opened_any_more(
+    tree: Path,
+    backend: str,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    genuine = demo.connect
+
+    def connect(path: Path) -> sqlite3.Connection:
+        monkeypatch.setattr(demo, "connect", connect_nowhere)
+        return genuine(path)
+
+    monkeypatch.setattr(demo, "connect", connect)
+    assert main(tree, "--backend", backend, "--threads", threads) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    *lines, last = err.splitlines()
+    reason = r"OperationalError\('unable to open database file'\)"
+    assert re.fullmatch(rf"aiosync: error: pool-\d+ had no connection .+: {reason}", last)
+    # The pool has told it too, by the same way as the demo.
+    assert any(re.fullmatch(rf"pool-\d+: cannot connect: {reason}", line) for line in lines)
+
+
+def test_batches() -> None:
+    counts = Counter({"c": 1, "a": 2, "b": 3})
+    assert list(demo.batches(counts, 2)) == [[("a", 2), ("b", 3)], [("c", 1)]]
+    assert list(demo.batches(counts, 3)) == [[("a", 2), ("b", 3), ("c", 1)]]
+    assert list(demo.batches(Counter())) == []
 
 
 # What the user did wrong
@@ -495,17 +764,25 @@ def test_pick_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # An uninterrupted run takes the better part of a minute. Where it stands is told by its output.
 SLOW = """
-    import signal, sys, time
+    import signal, sqlite3, sys, time
+    from functools import partial
     from pathlib import Path
     signal.signal(signal.SIGINT, signal.default_int_handler)
     text = "spam " * 200_000
     def read_text(self, **how):
         {}
     Path.read_text = read_text
+    class Connection(sqlite3.Connection):
+        def executemany(self, *args):
+            sys.stderr.write('storing\\n')
+            time.sleep(1)
+            return super().executemany(*args)
+    sqlite3.connect = partial(sqlite3.connect, factory=Connection)
 """
 LOADING = "sys.stderr.write('reading\\n'); time.sleep(0.3); return 'spam'"
 WAITING = "time.sleep(0.2 * (int(self.stem) % 2)); return 'spam'"
 COUNTING = "return text"
+STORING = "return 'spam'"
 
 
 @posix
@@ -516,13 +793,16 @@ COUNTING = "return text"
         pytest.param(LOADING, 8, "reading", id="while-all-load"),
         pytest.param(WAITING, 2, "{}-1 loaded 200 files", id="while-one-waits"),
         pytest.param(COUNTING, 8, "all 8 workers have loaded: counting", id="while-all-count"),
+        pytest.param(STORING, 8, "storing", id="while-three-store-and-five-wait-in-line"),
     ],
 )
 @pytest.mark.parametrize("kind", ["worker", "thread"])
 def test_ctrl_c(many: Path, backend: str, read: str, workers: int, sign: str, kind: str) -> None:
-    args = ["-c", patched(SLOW.format(read)), str(many), "--backend", backend]
+    # A connection that is left open would be told by a warning.
+    program = [sys.executable, "-W", "always", "-c", patched(SLOW.format(read)), str(many)]
     threads = workers if kind == "thread" else 0
-    command = [sys.executable, *args, "--workers", str(workers), "--threads", str(threads)]
+    options = f"--backend {backend} --workers {workers} --threads {threads}"
+    command = [*program, *options.split()]
     sign = sign.format(kind)
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, encoding="utf-8") as process:
@@ -538,7 +818,9 @@ def test_ctrl_c(many: Path, backend: str, read: str, workers: int, sign: str, ki
             assert process.wait(PATIENCE) == 130
         finally:
             process.kill()
-    told = re.compile(r"reading\n|(worker|thread)-\d (loaded|counted) [\d,]+ (files?|words)\n")
+    told = re.compile(
+        r"(reading|storing)\n|(worker|thread)-\d (loaded|counted) [\d,]+ (files?|words)\n"
+    )
     assert [line for line in rest if not told.fullmatch(line)] == ["aiosync: interrupted\n"]
 
 
@@ -793,7 +1075,8 @@ def test_a_thread_goes_home_between_two_files_when_the_run_is_over(
     tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = sorted(tree.rglob("*.md"))
-    crew = demo.Crew([files], 1, 1, demo.Screen(io.StringIO()))
+    crew = demo.Crew([files], 1, 1, demo.Screen(io.StringIO()), demo.new_pool(tree / "unused"))
     crew.barrier.abort()
-    crew.work_in_thread("thread-1", files)
+    with pytest.raises(BrokenBarrierError):
+        crew.work_in_thread("thread-1", files)
     assert (crew.loaded, crew.rounds) == (0, 0)

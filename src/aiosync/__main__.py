@@ -5,9 +5,10 @@ public face of aiosync only, never a backend by its module, and nothing else dep
 
 The files are shared out among the workers, which are tasks, and threads if so wished. In the first
 phase each worker loads its files; a `Semaphore` bounds how many of them read at once. In the second
-phase each counts what it has loaded, and adds that to the common result. A `Barrier` stands at the
-end of either phase: nobody counts before everybody has loaded, and nobody leaves before the result
-is complete. Threads use the same semaphore and barrier, through the views of `as_threading`.
+phase each counts what it has loaded, and adds that to the common result: a database, whose few
+connections they share by a `ConnectionPool`. A `Barrier` stands at the end of either phase: nobody
+counts before everybody has loaded, and nobody leaves before the result is complete. Threads use the
+same semaphore, barrier and pool, through the views of `as_threading`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import io
 import logging
 import os
 import re
+import sqlite3
 import stat
 import sys
 import sysconfig
+import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
@@ -31,7 +34,7 @@ import anyio
 from anyio import to_thread
 from anyio.lowlevel import checkpoint
 
-from aiosync import Barrier, BrokenBarrierError, Semaphore, as_threading
+from aiosync import Barrier, BrokenBarrierError, ConnectionPool, Semaphore, as_threading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,8 +47,12 @@ _TEXT = re.compile(
     r"(?i)\.(adoc|bat|c|cc|cfg|conf|cpp|cs|css|csv|go|h|hpp|html?|ini|java|jsx?|json|kt|lua|md|php"
     r"|pl|ps1|pyi?|pyx|rb?|rs|rst|scala|sh|sql|swift|tex|toml|tsx?|txt|xml|ya?ml)"
 )
+_TABLE = "CREATE TABLE names (name TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID"
+_ADD = "INSERT INTO names VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET n = n + excluded.n"
+_SUM = "SELECT coalesce(sum(n), 0) FROM names"
+_TOP = "SELECT name, n FROM names ORDER BY n DESC, name LIMIT 10"
 
-_log = logging.getLogger("aiosync.demo")
+_log = logging.getLogger("aiosync")  # of the package, since the pool has its warnings to tell too
 
 
 class DemoError(Exception):
@@ -147,6 +154,49 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
 
 
+def connect(path: Path) -> sqlite3.Connection:
+    # It serves one thread after the other. IMMEDIATE: transactions take turns from their beginning;
+    # those that become writers half way might block each other.
+    return sqlite3.connect(path, timeout=600, isolation_level="IMMEDIATE", check_same_thread=False)
+
+
+@contextmanager
+def new_database() -> Iterator[Path]:
+    """Make a database for the counts. It is gone afterwards."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="aiosync-")
+    except OSError as error:
+        raise DemoError(f"cannot store the counts: {error}") from error
+    with folder:
+        path = Path(folder.name, "counts.db")
+        with closing(connect(path)) as connection:
+            connection.execute(_TABLE)
+        yield path
+
+
+def new_pool(path: Path) -> ConnectionPool[sqlite3.Connection]:
+    """Return a pool of three connections. SQLite blocks, so all of its functions run in threads."""
+    return ConnectionPool(
+        connect=lambda: to_thread.run_sync(connect, path),
+        # Nobody needs the data if the machine should fail.
+        configure=lambda made: to_thread.run_sync(made.execute, "PRAGMA synchronous = OFF"),
+        close=lambda used: to_thread.run_sync(used.close),
+        max_size=3,
+        # Everybody gets a turn in the end, so there is no timeout; but if the file can't be opened
+        # now it can't be opened later either.
+        timeout=None,
+        close_timeout=None,
+        fail_fast=True,
+    )
+
+
+def batches(counts: Counter[str], size: int = 5000) -> Iterator[list[tuple[str, int]]]:
+    """Return the counts in pieces, so that nobody has a connection for long."""
+    rows = sorted(counts.items())  # which SQLite is quicker to store
+    for first in range(0, len(rows), size):
+        yield rows[first : first + size]
+
+
 class Screen(logging.Handler):
     """Writes log lines, and below them a progress bar, so that neither garbles the other."""
 
@@ -198,8 +248,14 @@ class Crew:
     """What the workers of one run share, be they tasks or threads."""
 
     def __init__(
-        self, parts: Sequence[Sequence[Path]], threads: int, limit: int, screen: Screen
+        self,
+        parts: Sequence[Sequence[Path]],
+        threads: int,
+        limit: int,
+        screen: Screen,
+        pool: ConnectionPool[sqlite3.Connection],
     ) -> None:
+        self.pool: ConnectionPool[sqlite3.Connection] = pool
         self.permits: Semaphore = Semaphore(limit)
         self.barrier: Barrier = Barrier(len(parts), self.next_phase)
         # A lock for the figures below, which threads change as well.
@@ -212,8 +268,10 @@ class Crew:
         self.loaded: int = 0
         self.reading: int = 0
         self.peak: int = 0
+        self.peak_in_use: int = 0
         self.rounds: int = 0
-        self.counts: Counter[str] = Counter()
+        self.words: int = 0
+        self.frequent: list[tuple[str, int]] = []
 
     def next_phase(self) -> None:
         """Run by the barrier when all have arrived, before it opens."""
@@ -249,10 +307,24 @@ class Crew:
         for text in texts:
             counts.update(_NAME.findall(text))
             await checkpoint()  # a chance for Ctrl-C, and for the other workers
-        async with self.books:
-            self.counts.update(counts)
+        for batch in batches(counts):
+            async with self.pool.connection() as connection:
+                # If it is cancelled it ends when the thread does: nobody else uses the connection.
+                await to_thread.run_sync(self.store, connection, batch)
         _log.info("%s counted %s", name, amount(sum(counts.values()), "word"))
         await self.barrier.wait()
+
+    def store(self, connection: sqlite3.Connection, batch: list[tuple[str, int]]) -> None:
+        """Add to the common counts, in one transaction. It blocks: not to be called by a task."""
+        with as_threading(self.books):
+            self.peak_in_use = max(self.peak_in_use, self.pool.get_stats()["in_use"])
+        with connection:
+            connection.executemany(_ADD, batch)
+
+    def sum_up(self, connection: sqlite3.Connection) -> None:
+        """Read the result. It blocks too."""
+        (self.words,) = connection.execute(_SUM).fetchone()
+        self.frequent = connection.execute(_TOP).fetchall()
 
     def load_in_thread(self, path: Path) -> str:
         self.check_wanted()
@@ -271,22 +343,22 @@ class Crew:
 
     def work_in_thread(self, name: str, part: Sequence[Path]) -> None:
         """Do what `work` does; the same calls, without their ``await``."""
-        barrier = as_threading(self.barrier)
-        with suppress(BrokenBarrierError):  # whoever broke it has the reason to tell
-            texts = [self.load_in_thread(path) for path in part]
-            _log.info("%s loaded %s", name, amount(len(texts), "file"))
-            barrier.wait()
-            counts: Counter[str] = Counter()
-            for text in texts:
+        texts = [self.load_in_thread(path) for path in part]
+        _log.info("%s loaded %s", name, amount(len(texts), "file"))
+        as_threading(self.barrier).wait()
+        counts: Counter[str] = Counter()
+        for text in texts:
+            self.check_wanted()
+            counts.update(_NAME.findall(text))
+        for batch in batches(counts):
+            with as_threading(self.pool).connection() as connection:
                 self.check_wanted()
-                counts.update(_NAME.findall(text))
-            with as_threading(self.books):
-                self.counts.update(counts)
-            _log.info("%s counted %s", name, amount(sum(counts.values()), "word"))
-            barrier.wait()
+                self.store(connection, batch)
+        _log.info("%s counted %s", name, amount(sum(counts.values()), "word"))
+        as_threading(self.barrier).wait()
 
     async def run(self) -> None:
-        async with anyio.create_task_group() as group:
+        async with self.pool, anyio.create_task_group() as group:
             group.start_soon(self.guard)
             limiter = anyio.CapacityLimiter(max(1, self.threads))
             tasks = len(self.parts) - self.threads
@@ -303,12 +375,15 @@ class Crew:
         scope: anyio.CancelScope,
     ) -> None:
         """Run a worker, as a thread if there is a `limiter` for those."""
-        if limiter is None:
-            await self.work(part)
-        else:
-            await to_thread.run_sync(self.work_in_thread, name, part, limiter=limiter)
+        with suppress(BrokenBarrierError):  # whoever broke it has the reason to tell
+            if limiter is None:
+                await self.work(part)
+            else:
+                await to_thread.run_sync(self.work_in_thread, name, part, limiter=limiter)
         self.busy -= 1
         if not self.busy:
+            async with self.pool.connection() as connection:
+                await to_thread.run_sync(self.sum_up, connection)
             scope.cancel()  # for the guard
 
     async def guard(self) -> None:
@@ -323,17 +398,21 @@ class Crew:
 
 
 def table(backend: str, crew: Crew, seconds: float) -> str:
-    frequent = sorted(crew.counts.items(), key=lambda item: (-item[1], item[0]))[:10]
+    stats = crew.pool.get_stats()
     rows = [
         ("backend", backend),
         ("files", f"{crew.files:,}"),
-        ("words", f"{sum(crew.counts.values()):,}"),
+        ("words", f"{crew.words:,}"),
         ("peak of readers", f"{crew.peak}"),
         ("rounds of the barrier", f"{crew.rounds}"),
         ("seconds", f"{seconds:.2f}"),
-        *((f"  {name}", f"{count:,}") for name, count in frequent),
+        *((f"  {name}", f"{count:,}") for name, count in crew.frequent),
+        ("connections made", f"{stats['connections_num']}"),
+        ("peak of connections in use", f"{crew.peak_in_use}"),
+        ("checkouts", f"{stats['requests_num']:,}"),
+        ("had to wait", f"{stats['requests_queued']:,}"),
     ]
-    return "\n".join(f"{label:<24}{value:>12}" for label, value in rows)
+    return "\n".join(f"{label:<28}{value:>12}" for label, value in rows)
 
 
 def run(argv: Sequence[str] | None, screen: Screen) -> None:
@@ -343,10 +422,12 @@ def run(argv: Sequence[str] | None, screen: Screen) -> None:
     backends = pick_backends(options.backend)
     parts = share_out(choose_files(options.path), options.workers)
     for backend in backends:
-        crew = Crew(parts, options.threads, options.limit, screen)
-        _log.info(f"{backend}: {amount(crew.files, 'file')} for {amount(len(parts), 'worker')}")
-        started = time.perf_counter()
-        anyio.run(crew.run, backend=backend)
+        with new_database() as database:
+            pool = new_pool(database)
+            crew = Crew(parts, options.threads, options.limit, screen, pool)
+            _log.info(f"{backend}: {amount(crew.files, 'file')} for {amount(len(parts), 'worker')}")
+            started = time.perf_counter()
+            anyio.run(crew.run, backend=backend)
         write_out(table(backend, crew, time.perf_counter() - started))
 
 
@@ -360,15 +441,16 @@ def explain(error: BaseException) -> tuple[str, int]:
     """Return the last line for the user and the exit status; raise what is a bug, or an exit."""
     found = causes(error)
     # Ctrl-C; asyncio of Python 3.10 makes CancelledError of it, which is no Exception either. Comes
-    # first, since who is interrupted at the barrier breaks it, and so the others fail as well.
+    # first, since what fails besides may well be a consequence.
     if not all(isinstance(cause, (Exception, SystemExit)) for cause in found):
         return "aiosync: interrupted\n", 130
     # The status of a program that the system ends because nobody reads its pipe.
     if any(isinstance(cause, BrokenPipeError) for cause in found):
         return "", 141
     for cause in found:
-        if isinstance(cause, (DemoError, OSError)):
-            return f"aiosync: error: {' '.join(str(cause).splitlines())}\n", 2
+        if isinstance(cause, (DemoError, OSError, sqlite3.Error)):
+            where = "cannot store the counts: " if isinstance(cause, sqlite3.Error) else ""
+            return f"aiosync: error: {where}{' '.join(str(cause).splitlines())}\n", 2
     raise error
 
 

@@ -83,7 +83,7 @@ class Keeper(Generic[T]):
     ) -> None:
         self.settings = settings
         self.pool = pool
-        self.outage = Failure(lambda: self.too_late(0))
+        self.outage = Failure(lambda: self.too_late("while connecting fails"))
         self.closed = Failure(closed)
         self.min_size, self.max_size = settings.min_size, settings.max_size
         self.clock: Callable[[], float]
@@ -542,10 +542,10 @@ class Keeper(Generic[T]):
         found["usage_ms"] = int(1000 * total.usage)
         return found
 
-    def too_late(self, timeout: float | None) -> PoolTimeout:
-        """Return what to raise for who got no connection."""
+    def too_late(self, when: float | str | None) -> PoolTimeout:
+        """Return what to raise for who got no connection, in so many seconds for instance."""
         self.tally.add("timeouts")
-        waited = f"within {timeout:g} s" if timeout else "at once"
+        waited = when if isinstance(when, str) else f"within {when:g} s" if when else "at once"
         stats = {**self.gauges(), **self.counts()}
         error = PoolTimeout(
             f"{self.settings.name} had no connection {waited}: of {stats['pool_max']} at most, "
