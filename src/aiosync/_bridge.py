@@ -201,7 +201,7 @@ class ThreadConnectionPool(NotCopied, Generic[T]):
         :raises anyio.WouldBlock: if no connection is idle
         :raises PoolClosed: if the pool is not open
         """
-        return self._shared.acquire_nowait()
+        return self._shared._grab()
 
     def release(self, connection: T) -> None:
         """Do what `ConnectionPool.release` does.

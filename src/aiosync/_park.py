@@ -345,22 +345,39 @@ def locate() -> Callable[[], object]:
     return here if _running_trio() is not None else _get_running_loop
 
 
-def start_in_background(work: Callable[[], Coroutine[Any, Any, None]], name: str) -> object:
+# The event loop holds its tasks by weak references only.
+_background: set[object] = set()
+
+
+def start_in_background(
+    work: Callable[[], Coroutine[Any, Any, None]], name: str, end: Callable[[], None]
+) -> None:
     """Run `work` in a task of the running event loop that belongs to no other task.
 
     It is cancelled when the loop ends. No cancel scope is around it, so that it may be started by
     one task and ended by another, as fixtures of tests and frameworks do it.
 
-    :return: the task; keep it for as long as `work` runs
+    :param end: called, by the event loop, when the task has ended; also if it has never begun,
+        because it was cancelled natively before
     """
     trio = _running_trio()
     if trio is not None:
-        task: object = trio.lowlevel.spawn_system_task(work, name=name, context=copy_context())
-        return task
+
+        async def work_and_end() -> None:
+            try:
+                await work()
+            finally:
+                end()
+
+        trio.lowlevel.spawn_system_task(work_and_end, name=name, context=copy_context())
+        return
     loop = _get_running_loop()
     if loop is None:
         raise _no_event_loop()
-    return loop.create_task(work(), name=name)
+    task = loop.create_task(work(), name=name)
+    _background.add(task)
+    task.add_done_callback(_background.discard)
+    task.add_done_callback(lambda _: end())
 
 
 def has_ended(loop: object) -> bool:

@@ -31,12 +31,10 @@ from .._park import (
     here,
     locate,
     outlast,
-    start_in_background,
     task_sleeper,
-    wake_all,
 )
 from ._keeper import Keeper
-from ._records import ALWAYS, Failure, Record, call_stack
+from ._records import ALWAYS, Record, call_stack
 from ._settings import Settings, check_sizes
 
 if TYPE_CHECKING:
@@ -92,19 +90,19 @@ class ConnectionPool(NotCopied, Generic[T]):
     :param name: for messages; by default "pool-1" and so on
     :param timeout: how long to wait for a connection at most, unless the call says otherwise
     :param max_waiting: how many may wait for a connection at the same time; 0: any number
-    :param max_lifetime: how old a connection may get before it is replaced. Each is given up to 5%
-        less, so that not all are replaced at once.
-    :param max_idle: how long a connection may be idle before it is closed. It is replaced if there
-        are fewer than `min_size` left.
+    :param max_lifetime: how old a connection may get before it is replaced; more than 0. Each is
+        given up to 5% less, so that not all are replaced at once.
+    :param max_idle: how long a connection may be idle before it is closed; more than 0. It is
+        replaced if there are fewer than `min_size` left.
     :param lifo: whether the connection that was used last is used next; False: the one that has
         been idle for longest
     :param check_idle: a connection that was idle for longer than this is checked before anybody
         gets it. 0: each one is, always. None: never.
     :param check_timeout: how long `check` or `reset` may take
     :param connect_timeout: how long `connect` and `configure` may take together; by default as
-        `timeout`
-    :param close_timeout: how long `close` may take; and how long the pool, when it is closed, waits
-        for connections that are still borrowed
+        `timeout`, or 30 if that is 0 or None
+    :param close_timeout: how long `close` may take (5 if this is 0); and how long the pool, when it
+        is closed, waits for connections that are still borrowed
     :param max_connecting: how many connections are being made at the same time, at most
     :param reconnect_timeout: for how long connecting has to fail until `reconnect_failed` is called
     :param reconnect_failed: called with the pool, every `reconnect_timeout` while connecting fails.
@@ -112,8 +110,8 @@ class ConnectionPool(NotCopied, Generic[T]):
     :param fail_fast: if True, who finds no idle connection while connecting fails gets the
         PoolTimeout at once
     :param leak_timeout: a connection that is borrowed for longer is reported, once, with the stack
-        of who took it: in the log, and to `on_event`. To take note of stacks costs some
-        microseconds each time.
+        of who took it: in the log, and to `on_event`. More than 0. To take note of stacks costs
+        some microseconds each time.
     :param on_event: called with a `PoolEvent` for everything that happens in the background
     :param fast_acquire: if True, to borrow an idle connection does not yield to the event loop. The
         same as in `Semaphore`.
@@ -139,7 +137,6 @@ class ConnectionPool(NotCopied, Generic[T]):
         "_service",
         "_settings",
         "_state",
-        "_task",
         "_watch",
         "_where",
     )
@@ -282,7 +279,6 @@ class ConnectionPool(NotCopied, Generic[T]):
         self._where: Callable[[], object] = here
         self._home: object = None
         self._clock: Callable[[], float] = monotonic
-        self._task: object = None
 
     # -- Open and closed.
 
@@ -300,7 +296,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         self._state = _OPEN
         _open_pools.add(self)
         self._idle.open()
-        self._task = start_in_background(self._keeper.run, self.name)
+        self._keeper.begin()
         return self
 
     async def __aexit__(
@@ -313,13 +309,18 @@ class ConnectionPool(NotCopied, Generic[T]):
 
         Who waits gets PoolClosed at once. Those who have borrowed a connection have `close_timeout`
         to give it back; then it is closed all the same. It can't be cancelled: a cancellation is
-        raised when it is done.
+        raised when it is done, or at the next checkpoint.
         """
         if self._state is _FORKED:
             return
         self._state = _CLOSED
         self._idle.close(self._keeper.closed)
         self._keeper.post(self._keeper.stop)
+        if not self._keeper.finished and has_ended(self._home):
+            raise RuntimeError(
+                f"the event loop of {self.name} has ended without closing the pool; "
+                f"it is too late to close its connections"
+            )
         await outlast(lambda: self._keeper.finished, self._keeper.leavers)
         if self._keeper.crash is not None:
             raise self._keeper.crash
@@ -406,7 +407,11 @@ class ConnectionPool(NotCopied, Generic[T]):
         """
         if here() is not None:
             self._check_open()
-        elif self._idle.shut is not None:
+        return self._grab()
+
+    @critical
+    def _grab(self) -> T:
+        if self._idle.shut is not None:
             raise self._not_open()
         now = self._clock()
         record = self._idle.pick(now, False)
@@ -442,17 +447,16 @@ class ConnectionPool(NotCopied, Generic[T]):
         patient = timeout is None or timeout > 0
         record = idle.pick(began, patient) if self._items or idle.dormant else None
         if record is None and patient:
-            found: Record[T] | Failure | None = self._admit(new_sleeper)
+            self._admit(new_sleeper)
             try:
-                if found is None:
-                    if deadline is None:
-                        found = await idle.wait(new_sleeper(), timeout, None)
-                    else:
-                        # Without a timer of our own, which is half of what it costs to wait.
-                        self._keeper.watch(deadline)
-                        found = await idle.wait(new_sleeper(), None, None, deadline)
+                if deadline is None:
+                    found = await idle.wait(new_sleeper(), timeout, None)
+                else:
+                    # Without a timer of our own, which is half of what it costs to wait.
+                    self._keeper.watch(deadline)
+                    found = await idle.wait(new_sleeper(), None, None, deadline)
             except BaseException:
-                self._waited_in_vain("cancelled", began)
+                self._count_wait("cancelled", began)
                 raise
             finally:
                 if self._places is not None:
@@ -462,14 +466,14 @@ class ConnectionPool(NotCopied, Generic[T]):
                 found.queued += 1
                 found.waited += now - began
                 return self._lend(found, now)
-            self._waited_in_vain("requests_errors", began)
+            self._count_wait("requests_errors", began)
             raise self._keeper.too_late(timeout) if found is None else found.error()
         if is_task and not self._fast_acquire:
             try:
                 await checkpoint()
             except BaseException:
                 if record is not None:
-                    idle.put(record)
+                    self._undo(record)
                 raise
         if record is not None:
             return self._lend(record, self._clock())
@@ -478,9 +482,15 @@ class ConnectionPool(NotCopied, Generic[T]):
         raise self._keeper.too_late(timeout)
 
     @critical
-    def _admit(self, new_sleeper: Callable[[], Sleeper]) -> Failure | None:
-        """Let somebody begin to wait; return what to tell who would wait in vain."""
+    def _admit(self, new_sleeper: Callable[[], Sleeper]) -> None:
+        """Let somebody begin to wait.
+
+        :raises PoolTimeout: if that would be in vain; or another exception, see `acquire`
+        """
         keeper = self._keeper
+        if keeper.failures and self._settings.fail_fast and not keeper.has_hope():
+            keeper.tally.add("requests_errors")
+            raise keeper.outage.error()
         if new_sleeper is not task_sleeper and has_ended(self._home):
             raise PoolClosed(f"the event loop of {self.name} has ended, without closing the pool")
         if self._places is not None:
@@ -491,13 +501,22 @@ class ConnectionPool(NotCopied, Generic[T]):
                 raise TooManyRequests(
                     f"{self._settings.max_waiting} wait for a connection of {self.name} already"
                 ) from None
-        return keeper.outage if keeper.failures and self._settings.fail_fast else None
 
-    def _waited_in_vain(self, outcome: str, began: float) -> None:
+    def _count_wait(self, outcome: str, began: float) -> None:
+        """Count somebody who waited in vain."""
         tally = self._keeper.tally
         tally.add(outcome)
         tally.add("requests_queued")
         tally.add("requests_wait_ms", 1000 * (self._clock() - began))
+
+    @critical
+    def _undo(self, record: Record[T]) -> None:
+        """Put back an idle connection that was taken, but not lent."""
+        if record.good_until > self._clock():
+            self._idle.put(record)
+        else:
+            self._idle.dormant.append(record)
+            self._idle.call_keeper()
 
     @critical
     def _lend(self, record: Record[T], now: float) -> T:
@@ -509,6 +528,8 @@ class ConnectionPool(NotCopied, Generic[T]):
             record.reported = False
         self._lent[record.key] = record
         record.connection = record.kept
+        if self._idle.shut is not None:
+            self._idle.call_keeper()  # the pool is being closed, and looks for it
         return connection  # type: ignore[no-any-return]
 
     @critical
@@ -585,12 +606,7 @@ class ConnectionPool(NotCopied, Generic[T]):
             left = None if timeout is None else timeout - (self._clock() - began)
             if left is not None and left <= 0:
                 raise keeper.too_late(timeout)
-            sleeper = task_sleeper()
-            keeper.expectant.append(sleeper)
-            try:
-                await (sleeper if left is None else at_most(sleeper, left))
-            finally:
-                keeper.expectant.remove(sleeper)
+            await self._hear(left)
             self._check_open()
 
     async def resize(self, min_size: int, max_size: int) -> None:
@@ -624,20 +640,27 @@ class ConnectionPool(NotCopied, Generic[T]):
         Returns when each has been checked. If it is cancelled the check goes on. Without a `check`
         it does nothing.
 
-        :raises PoolClosed: if the pool is not open
+        :raises PoolClosed: if the pool is not open, or is closed meanwhile
         :raises RuntimeError: if called on another event loop than the one that opened the pool
         """
         self._check_open()
+        keeper = self._keeper
         done: list[bool] = []
+        keeper.post(partial(keeper.begin_check, done))
+        await checkpoint()
+        while not done:
+            await self._hear(None)
+            self._check_open()
+
+    async def _hear(self, timeout: float | None) -> None:
+        """Sleep until the keeper has something to tell; or it may not be so."""
+        keeper = self._keeper
         sleeper = task_sleeper()
-
-        def finish() -> None:
-            done.append(True)
-            wake_all([sleeper])
-
-        self._keeper.begin_check(finish)
-        if not done:
-            await sleeper
+        keeper.expectant.append(sleeper)
+        try:
+            await (sleeper if timeout is None else at_most(sleeper, timeout))
+        finally:
+            keeper.expectant.remove(sleeper)
 
     # -- Telling.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union
 
 from .._handoff import HandoffQueue
 from .._park import critical
-from ._records import Failure, Record
+from ._records import NEVER, Failure, Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,6 +61,13 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
 
     @critical
     def put(self, item: Record[T] | Failure) -> None:
+        if item.good_until == NEVER:
+            # Handed over, and not taken. A failure is of no use to others; a connection that was
+            # retired meanwhile is the keeper's.
+            if isinstance(item, Record):
+                self.dormant.append(item)
+                self.call_keeper()
+            return
         if self.lifo:
             self.items.append(item)
         else:

@@ -21,15 +21,13 @@ from weakref import ref
 
 from anyio import (
     CancelScope,
-    create_task_group,
-    current_effective_deadline,
     fail_after,
     get_cancelled_exc_class,
 )
 
 from .._errors import PoolTimeout
 from .._handoff import HandoffQueue
-from .._park import critical, task_sleeper, wake_all
+from .._park import critical, start_in_background, task_sleeper, wake_all
 from ._idle import IdleQueue
 from ._records import (
     ALWAYS,
@@ -46,9 +44,8 @@ from ._records import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from anyio.abc import TaskGroup
-
     from .._park import Sleeper
+    from ._face import ConnectionPool
     from ._settings import Settings
 
 T = TypeVar("T")
@@ -79,7 +76,7 @@ class Keeper(Generic[T]):
     """What goes on in the background of one pool. All but `post` and `collected` on its loop."""
 
     def __init__(
-        self, settings: Settings[T], pool: object, closed: Callable[[], Exception]
+        self, settings: Settings[T], pool: ConnectionPool[T], closed: Callable[[], Exception]
     ) -> None:
         self.settings = settings
         self.pool = pool
@@ -87,7 +84,6 @@ class Keeper(Generic[T]):
         self.closed = Failure(closed)
         self.min_size, self.max_size = settings.min_size, settings.max_size
         self.clock: Callable[[], float]
-        self.tasks: TaskGroup
         self.mailbox: HandoffQueue[Callable[[], object]] = HandoffQueue()
         self.idle: IdleQueue[T] = IdleQueue(
             settings.lifo, settings.max_idle, self.closed, partial(self.post, _nothing)
@@ -98,7 +94,10 @@ class Keeper(Generic[T]):
         # All there are; one is in here until it has been closed. Together with those being opened
         # never more than `max_size`, except after `resize`.
         self.records: dict[int, Record[T]] = {}
+        # How many tasks are opening one; and how many of those are about to configure it, so that
+        # it is among the records already.
         self.opening = 0
+        self.configuring = 0
         # Those whose `reset` or `check` is running, and those whose `close` is.
         self.serving = 0
         self.leaving: set[int] = set()
@@ -123,6 +122,8 @@ class Keeper(Generic[T]):
         # Those who wait until there are `min_size` connections, and until all is over.
         self.expectant: list[Sleeper] = []
         self.leavers: list[Sleeper] = []
+        # One entry for each task that has not ended, the main one included.
+        self.children: set[object] = set()
         self.stopping = False
         self.finished = False
         self.crash: Exception | None = None
@@ -150,22 +151,29 @@ class Keeper(Generic[T]):
 
     # -- The main task.
 
-    async def run(self) -> None:
+    def begin(self) -> None:
+        """Start the main task. It may be cancelled before it has begun."""
+        self._start(self._run, stillborn=self._finish)
+
+    async def _run(self) -> None:
         try:
-            async with create_task_group() as self.tasks:
-                try:
-                    while not self.stopping:
-                        await self._turn(self._review())
-                finally:
-                    await self._shut_down()
-        except Exception as error:
-            # A defect of ours. On trio it must not end the program; `close` raises it.
-            self.crash = error
-            self.idle.close(self.closed)
+            try:
+                while not self.stopping:
+                    await self._turn(self._review())
+            except GeneratorExit:
+                raise  # nobody runs us any more, so there is nothing that we can do
+            except BaseException:
+                await self._shut_down()
+                raise
+            await self._shut_down()
         finally:
-            self.finished = True
-            wake_all(self.expectant)
-            wake_all(self.leavers)
+            self._finish()
+
+    def _finish(self) -> None:
+        self.finished = True
+        self.idle.close(self.closed)
+        wake_all(self.expectant)
+        wake_all(self.leavers)
 
     async def _turn(self, due: float) -> None:
         """Wait for a job, or until `due`; then do all jobs there are."""
@@ -195,18 +203,19 @@ class Keeper(Generic[T]):
 
     @property
     def size(self) -> int:
-        return len(self.records) + self.opening
+        return len(self.records) + self.opening - self.configuring
 
     def _next_due(self, now: float) -> float:
         due = self.next_deadline
-        if self.failures and not self.opening:
+        if self.failures and not self.opening and self.size < self.max_size:
             due = min(due, self._next_attempt)
-        for record in self.idle.snapshot():
+        idle = self.idle.snapshot()
+        for record in idle:
             due = min(due, self.idle.spoils_at(record))
+        for record in self._in_use(idle):
+            # It may become idle at any moment, without a word to us.
+            due = min(due, record.expires, now + self.settings.max_idle)
         for record in self._borrowed():
-            if record.expires > now:
-                # It may become idle at any moment, without a word to us.
-                due = min(due, record.expires, now + self.settings.max_idle)
             if not record.reported:
                 due = min(due, record.taken + self.settings.leak_timeout)
         # An idle one may be borrowed at any moment.
@@ -215,18 +224,28 @@ class Keeper(Generic[T]):
     def _borrowed(self) -> list[Record[T]]:
         return list(self.lent.copy().values())
 
+    def _in_use(self, idle: list[Record[T]]) -> list[Record[T]]:
+        """Return those that may be idle again: borrowed, on their way to a waiter, or served."""
+        now = self.clock()
+        unused = self.leaving.union(record.key for record in idle)
+        return [
+            record
+            for record in self.records.values()
+            if record.key not in unused and record.expires > now
+        ]
+
     def _shrink(self) -> None:
-        borrowed = self._borrowed()
-        self._report_leaks(borrowed)
-        going = len(self.leaving) + sum(record.expires == NEVER for record in borrowed)
-        surplus = self.size - going - self.max_size
+        self._report_leaks()
+        idle = self.idle.snapshot()
+        in_use = self._in_use(idle)
+        surplus = len(idle) + len(in_use) + self.opening - self.configuring - self.max_size
         if surplus <= 0:
             return
-        for record in self.idle.snapshot():
+        for record in idle:
             if surplus and self.idle.take(record):
                 self.discard(record, "resize")
                 surplus -= 1
-        for record in borrowed[:surplus]:
+        for record in in_use[:surplus]:
             record.retire("resize")
 
     def _wake_dormant(self, now: float) -> None:
@@ -253,19 +272,37 @@ class Keeper(Generic[T]):
             number = min(number, self.settings.max_connecting - self.opening)
         for _ in range(min(number, room)):
             self.opening += 1
-            self._start(self._open, now, self.generation)
+            self._start(self._open, now, self.generation, stillborn=self._open_nothing)
 
-    def _start(self, work: Callable[..., Any], *args: object) -> None:
-        name = f"{self.settings.name} {work.__name__}"
-        self.tasks.start_soon(self._child, work, *args, name=name)
+    def _start(
+        self, work: Callable[..., Any], *args: object, stillborn: Callable[[], object]
+    ) -> None:
+        """Start a task.
 
-    async def _child(self, work: Callable[..., Any], *args: object) -> None:
-        try:
-            await work(*args)
-        except get_cancelled_exc_class():
-            if current_effective_deadline() == NEVER:
-                raise
-            # Cancelled natively, and alone. That ends this task, but not all of the others.
+        :param stillborn: called if it is cancelled natively before it has begun; then not even its
+            ``finally`` is run
+        """
+        begun: list[bool] = []
+
+        async def run() -> None:
+            begun.append(True)
+            try:
+                await work(*args)
+            except Exception as error:
+                # A defect of ours. On trio it must not end the program; `close` raises it.
+                self.crash = error
+                self.stopping = True
+
+        def end() -> None:
+            self.children.discard(key)
+            if not begun:
+                stillborn()
+            self.post(_nothing)
+
+        key = object()
+        name = self.settings.name + (f" {work.__name__}" if self.children else "")
+        self.children.add(key)
+        start_in_background(run, name, end)
 
     # -- Opening.
 
@@ -277,21 +314,28 @@ class Keeper(Generic[T]):
         try:
             with fail_after(self.settings.connect_timeout, shield=True) as scope:
                 self._connects.add(scope)
+                if self.stopping:
+                    return
                 connection = await _call(self.settings.connect)
                 record = self._adopt(connection)
+                self.configuring += 1
                 if self.settings.configure is not None:
                     await _call(self.settings.configure, connection)
                 ready = True
         except Exception as caught:
             error = caught
+        except get_cancelled_exc_class():
+            if not self.stopping:
+                error = ConnectionError("connect() or configure() was cancelled")
+            raise
         finally:
             if scope is not None:
                 self._connects.discard(scope)
             self.opening -= 1
             self.tally.add("connections_num")
             if record is not None:
+                self.configuring -= 1
                 self.tally.add("connections_ms", 1000 * (self.clock() - began))
-                self.records[record.key] = record
             if error is not None:
                 self._failed(error, began)
             if record is not None and ready:
@@ -304,20 +348,27 @@ class Keeper(Generic[T]):
                 self.discard(record, "configure", error)
             self.post(_nothing)
 
+    def _open_nothing(self) -> None:
+        self.opening -= 1
+
     def _adopt(self, connection: T) -> Record[T]:
         if connection is None:
             raise TypeError("connect() of the pool returned None; it must return a connection")
-        if id(connection) in self.records:
-            raise TypeError(
-                "connect() of the pool returned a connection that the pool has already; "
-                "it must make a new one each time"
-            )
+        known = self.records.get(id(connection))
+        if known is not None:
+            if known.alive() is connection:
+                raise TypeError(
+                    "connect() of the pool returned a connection that the pool has already; "
+                    "it must make a new one each time"
+                )
+            self._lost(known)  # it has died, and left its address to this one
         now = self.clock()
         lifetime = self.settings.max_lifetime * (1 - _LIFETIME_JITTER * _chance.random())
         record = Record(connection, now, now + lifetime)
         with suppress(TypeError):  # it can't be weakly referenced
             record.ref = ref(connection, partial(self.collected, record))
             record.kept = None
+        self.records[record.key] = record
         return record
 
     def _succeeded(self) -> None:
@@ -332,11 +383,11 @@ class Keeper(Generic[T]):
         self.emit("connect_failed", error=error)
         now = self.clock()
         if not self.failures:
-            _log.warning("%s: cannot connect: %r", self.settings.name, error)
+            _log.warning("%s: cannot connect: %s", self.settings.name, describe(error))
             self._complain_at = now + self.settings.reconnect_timeout
             self.emit("outage", error=error)
         # Of those that were under way together only one counts.
-        if not self.failures or began >= self._last_failure:
+        if not self.failures or began > self._last_failure:
             delay = min(_FIRST_DELAY * 2**self.failures, _LONGEST_DELAY)
             self.failures = min(self.failures + 1, 30)
             self._next_attempt = now + delay * _chance.uniform(0.5, 1)
@@ -344,8 +395,12 @@ class Keeper(Generic[T]):
         if now >= self._complain_at and self.settings.reconnect_failed is not None:
             self._complain_at = now + self.settings.reconnect_timeout
             self._hook(self.settings.reconnect_failed, self.pool)
-        if self.settings.fail_fast:
+        if self.settings.fail_fast and not self.has_hope():
             self.idle.fail(self.outage)
+
+    def has_hope(self) -> bool:
+        """Tell whether those who wait may get a connection that need not be made."""
+        return bool(self.idle.dormant) or self.serving > 0
 
     # -- Serving, closing.
 
@@ -375,7 +430,7 @@ class Keeper(Generic[T]):
             self.give(record, checked=False)
             return
         self.serving += 1
-        self._start(self._serve, record, step)
+        self._start(self._serve, record, step, stillborn=partial(self._serve_not, record))
 
     async def _serve(self, record: Record[T], step: Literal["check", "reset"]) -> None:
         good = False
@@ -396,9 +451,18 @@ class Keeper(Generic[T]):
                 self.discard(record, step, error)
             self.post(_nothing)
 
-    def begin_check(self, done: Callable[[], None]) -> None:
+    def _serve_not(self, record: Record[T]) -> None:
+        self.serving -= 1
+        self.give(record)
+
+    def begin_check(self, done: list[bool]) -> None:
         """Check those that are idle now."""
-        self._start(self._check_all, self.idle.snapshot(), done)
+        end = partial(self._end_check, done)
+        self._start(self._check_all, self.idle.snapshot(), end, stillborn=end)
+
+    def _end_check(self, done: list[bool]) -> None:
+        done.append(True)
+        wake_all(self.expectant)
 
     async def _check_all(self, idle: list[Record[T]], done: Callable[[], None]) -> None:
         """Check idle connections, one after the other, so that the others can be had."""
@@ -418,12 +482,18 @@ class Keeper(Generic[T]):
         if reason in {"check", "reset", "configure", "discard"}:
             self.tally.add("returns_bad", reason in {"reset", "discard"})
             self.tally.add("connections_lost", reason == "check")
-        self._start(self._close, record, reason, error)
+        self._start(
+            self._close,
+            record,
+            reason,
+            error,
+            stillborn=partial(self.discard, record, reason, error),
+        )
 
     async def _close(self, record: Record[T], reason: Reason, error: BaseException | None) -> None:
         connection = record.alive()
         try:
-            with fail_after(self.settings.close_timeout, shield=True):
+            with fail_after(self.settings.time_to_close, shield=True):
                 await _call(self.settings.close, connection)
         except Exception as caught:
             self.emit("close_failed", record, error=caught)
@@ -445,9 +515,9 @@ class Keeper(Generic[T]):
             self.emit("leaked", record, "it was garbage collected\n" + _format(record.stack))
             self._forget(record, "collected", None)
 
-    def _report_leaks(self, borrowed: list[Record[T]]) -> None:
+    def _report_leaks(self) -> None:
         now = self.clock()
-        for record in borrowed:
+        for record in self._borrowed():
             if not record.reported and now >= record.taken + self.settings.leak_timeout:
                 record.reported = True
                 self.tally.add("leaks")
@@ -487,21 +557,24 @@ class Keeper(Generic[T]):
         self.stopping = True
         self.max_size = self.min_size = 0
         self.idle.close(self.closed)
+        wake_all(self.expectant)
         for scope in self._connects:
             scope.cancel()
         deadline = self.clock() + self.settings.close_timeout
         cancellation: BaseException | None = None
         with CancelScope(shield=True):
-            while self.size:
+            while self.size or len(self.children) > 1:
                 for record in self.idle.take_out(lambda _: True):
                     self.discard(record, "shutdown")
-                for record in self._borrowed():
+                for record in self.records.values():
                     record.retire("shutdown")
+                due = deadline
                 if self.clock() >= deadline:
+                    # Again and again: some may be on their way to those who waited.
                     self._force()
-                    deadline = ALWAYS
+                    due = ALWAYS
                 try:
-                    await self._turn(deadline)
+                    await self._turn(due)
                 except get_cancelled_exc_class() as error:  # a native one
                     cancellation = error
         if cancellation is not None:
@@ -545,13 +618,15 @@ class Keeper(Generic[T]):
     def too_late(self, when: float | str | None) -> PoolTimeout:
         """Return what to raise for who got no connection, in so many seconds for instance."""
         self.tally.add("timeouts")
-        waited = when if isinstance(when, str) else f"within {when:g} s" if when else "at once"
-        stats = {**self.gauges(), **self.counts()}
+        waited = when if isinstance(when, str) else "at once"
+        if isinstance(when, (int, float)) and when > 0:
+            waited = f"within {when:g} s"
+        stats = self.pool.get_stats()
         error = PoolTimeout(
             f"{self.settings.name} had no connection {waited}: of {stats['pool_max']} at most, "
             f"{stats['in_use']} are in use and {stats['connecting']} being made; "
             f"{stats['requests_waiting']} others wait"
-            + (f"; connecting fails: {self.last_error!r}" if self.last_error else ""),
+            + (f"; connecting fails: {describe(self.last_error)}" if self.last_error else ""),
             stats,
         )
         error.__cause__ = self.last_error
@@ -590,11 +665,11 @@ class Keeper(Generic[T]):
             _log.exception("%s: %r failed", self.settings.name, hook)
             return
         if isawaitable(result):
-            self._start(self._tell, hook, result)
+            self._start(self._tell, hook, result, stillborn=getattr(result, "close", _nothing))
 
     async def _tell(self, hook: object, result: Any) -> None:
         try:
-            with fail_after(self.settings.close_timeout, shield=True):
+            with fail_after(self.settings.time_to_close, shield=True):
                 await result
         except Exception:
             _log.exception("%s: %r failed", self.settings.name, hook)
@@ -602,6 +677,14 @@ class Keeper(Generic[T]):
 
 def _nothing() -> None:
     """Do nothing; a job that only wants the pool to be looked at."""
+
+
+def describe(error: BaseException) -> str:
+    """Return the repr of `error`, whatever that is."""
+    try:
+        return repr(error)
+    except Exception:
+        return type(error).__name__
 
 
 def _format(stack: list[tuple[str, int, str]]) -> str:

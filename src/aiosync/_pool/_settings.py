@@ -52,13 +52,15 @@ class Settings(Generic[T]):
             hook = getattr(self, name)
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name} must be callable or None, not {type(hook).__name__}")
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a str or None, not {type(self.name).__name__}")
         check_sizes(self.min_size, self.max_size)
         check_count("max_waiting", self.max_waiting, 0)
         check_count("max_connecting", self.max_connecting, 1)
+        self._finish("timeout", None)
         if self.connect_timeout is None:
-            self.connect_timeout = self.timeout  # who waits has given up by then
-        for name in ("timeout", "connect_timeout"):
-            self._finish(name, None)
+            self.connect_timeout = self.timeout or 30.0  # who waits has given up by then
+        self._finish("connect_timeout", None)
         if self.check is None:
             self.check_idle = None  # what else should become of it?
         for name in (
@@ -66,6 +68,9 @@ class Settings(Generic[T]):
             "reconnect_timeout", "leak_timeout",
         ):  # fmt: skip
             self._finish(name, ALWAYS)
+        for name in ("max_lifetime", "max_idle", "leak_timeout"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be more than 0 seconds, or None for ever")
         if self.close is None:
             self.close = close_by_method
 
@@ -78,6 +83,12 @@ class Settings(Generic[T]):
         if seconds is not None and seconds < 0:
             raise ValueError(f"{name} must be 0 seconds or more, or None, not {seconds}")
         setattr(self, name, for_ever if seconds is None else seconds)
+
+    @property
+    def time_to_close(self) -> float:
+        """How long `close` may take, in seconds, even if borrowers get no time at all."""
+        seconds: float = self.close_timeout or 5.0
+        return seconds
 
     @property
     def fresh(self) -> float:

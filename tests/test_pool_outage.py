@@ -1,0 +1,891 @@
+"""ConnectionPool and a backend that refuses, hangs, dies, and comes back.
+
+Outages take minutes, so nearly everything here runs in virtual time, in which nothing happens but
+what was scheduled: where nobody has anything to do the clock jumps to the next timer. So times can
+be compared exactly, and a test that waits in vain fails at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import selectors
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+import trio
+import trio.testing
+
+from aiosync import ConnectionPool, PoolClosed, PoolEvent, PoolTimeout
+from aiosync._pool._keeper import Keeper
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+# In virtual seconds: who waits for so long waits in vain.
+FOR_EVER = 1e7
+
+# How much the sum of two times may differ from what it should be.
+EXACT = 1e-6
+
+
+class JumpingSelector(selectors.DefaultSelector):
+    """Waits in virtual time: what would take time is over at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        assert timeout is not None, "everybody waits for ever"
+        self.now += max(0.0, timeout)
+        return super().select(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._jumping = JumpingSelector()
+        super().__init__(self._jumping)
+
+    def time(self) -> float:
+        return self._jumping.now
+
+
+def run_asyncio(main: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        with anyio.fail_after(FOR_EVER):
+            await main()
+
+    loop = VirtualLoop()
+    try:
+        loop.run_until_complete(limited())
+        assert not asyncio.all_tasks(loop)
+    finally:
+        loop.close()
+
+
+def run_trio(main: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        with anyio.fail_after(FOR_EVER):
+            await main()
+
+    trio.run(limited, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.fixture(params=[run_asyncio, run_trio], ids=["asyncio", "trio"])
+def run(request: pytest.FixtureRequest) -> Callable[[Callable[[], Awaitable[None]]], None]:
+    """What runs a function in virtual time."""
+    found: Callable[[Callable[[], Awaitable[None]]], None] = request.param
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _no_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "aiosync.pool")
+
+
+now = anyio.current_time
+
+
+async def settle() -> None:
+    """Let everybody do what can be done at once."""
+    await anyio.sleep(EXACT / 10)
+
+
+class Connection:
+    def __init__(self) -> None:
+        self.dead = False
+        self.closed = 0
+
+
+class Server:
+    """A backend, and what the pool has done to it."""
+
+    def __init__(self, state: str = "up", takes: float = 0.01) -> None:
+        # "up", "refuses" or "hangs".
+        self.state = state
+        # How long a connect takes.
+        self.takes = takes
+        # When each connect was begun.
+        self.attempts: list[float] = []
+        self.connecting = 0
+        self.peak_connecting = 0
+        self.made: list[Connection] = []
+        self.peak_open = 0
+        self.events: list[PoolEvent] = []
+
+    @property
+    def open(self) -> list[Connection]:
+        return [connection for connection in self.made if not connection.closed]
+
+    async def connect(self) -> Connection:
+        self.attempts.append(now())
+        self.connecting += 1
+        self.peak_connecting = max(self.peak_connecting, self.connecting)
+        try:
+            await anyio.sleep(self.takes)
+            if self.state == "hangs":
+                await anyio.sleep_forever()
+            if self.state == "refuses":
+                raise ConnectionRefusedError(f"attempt {len(self.attempts)}")
+        finally:
+            self.connecting -= 1
+        connection = Connection()
+        self.made.append(connection)
+        self.peak_open = max(self.peak_open, len(self.open))
+        return connection
+
+    def check(self, connection: Connection) -> None:
+        if connection.dead:
+            raise ConnectionResetError("it is dead")
+
+    def close(self, connection: Connection) -> None:
+        connection.closed += 1
+
+    def dies(self, state: str = "refuses") -> None:
+        self.state = state
+        for connection in self.made:
+            connection.dead = True
+
+    def pool(self, **settings: Any) -> ConnectionPool[Connection]:
+        for name in ("connect", "check", "close"):
+            settings.setdefault(name, getattr(self, name))
+        return ConnectionPool(**settings, on_event=self.events.append)
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events]
+
+    def gaps(self) -> list[float]:
+        """Return how long it took from the failure of each attempt to the next one."""
+        pairs = zip(self.attempts, self.attempts[1:], strict=False)
+        return [later - sooner - self.takes for sooner, later in pairs]
+
+
+async def borrow_all(pool: ConnectionPool[Connection], server: Server) -> None:
+    """Check that no slot and no connection has been lost."""
+    found = [await pool.acquire(60) for _ in range(pool.max_size)]
+    assert sorted(map(id, found)) == sorted(map(id, server.open))
+    assert all(not connection.dead for connection in found)
+    for connection in found:
+        pool.release(connection)
+    assert all(connection.closed <= 1 for connection in server.made)
+    assert server.peak_open <= pool.max_size
+
+
+class TestWhoWaitsWhileConnectingFails:
+    def test_runs_out_of_time_and_is_told_why(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server("refuses")
+            async with server.pool() as pool:
+                began = now()
+                with pytest.raises(PoolTimeout, match=r"connecting fails: .*attempt") as info:
+                    await pool.acquire(3)
+                assert now() - began == pytest.approx(3, abs=EXACT)
+                cause = info.value.__cause__
+                assert isinstance(cause, ConnectionRefusedError)
+                assert str(cause) == f"attempt {len(server.attempts)}"  # the last one
+                assert info.value.stats["timeouts"] == 1
+                assert info.value.stats["connections_errors"] == len(server.attempts) > 2
+                assert info.value.stats["requests_waiting"] == 0
+
+        run(main)
+
+    def test_is_served_in_order_when_it_works_again(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server("refuses")
+            served: list[int] = []
+
+            async def use(number: int) -> None:
+                async with pool.connection(FOR_EVER):
+                    served.append(number)
+                    await anyio.sleep(1)
+
+            async with server.pool(max_size=1) as pool:
+                async with anyio.create_task_group() as tasks:
+                    for number in range(8):
+                        tasks.start_soon(use, number)
+                        await settle()
+                    await anyio.sleep(100)
+                    assert served == []
+                    server.state = "up"
+                    back = now()
+                assert served == list(range(8))
+                # At most the longest backoff, one connect, and the work itself.
+                assert now() - back <= 10 + 1 + 8 * 1
+                await borrow_all(pool, server)
+
+        run(main)
+
+    def test_fails_at_once_if_it_should_fail_fast(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server("refuses", takes=0.25)
+            failed: list[float] = []
+
+            async def fail() -> None:
+                with pytest.raises(PoolTimeout) as info:
+                    await pool.acquire(60)
+                assert isinstance(info.value.__cause__, ConnectionRefusedError)
+                failed.append(now() - began)
+
+            began = now()
+            async with server.pool(fail_fast=True, max_connecting=1) as pool:
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(5):
+                        tasks.start_soon(fail)
+                # Those who waited already, as soon as it is known.
+                assert failed == pytest.approx([0.25] * 5, abs=EXACT)
+                # Newcomers without any delay, even while the next attempt is under way.
+                for _ in range(20):
+                    await anyio.sleep(0.1)
+                    begins = now()
+                    with pytest.raises(PoolTimeout):
+                        await pool.acquire(60)
+                    assert now() == begins
+                server.state = "up"
+                await anyio.sleep(11)
+                async with pool.connection(0):
+                    pass
+                await borrow_all(pool, server)
+
+        run(main)
+
+    def test_gets_an_idle_connection_all_the_same(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server()
+            async with server.pool(fail_fast=True, max_size=2) as pool:
+                first = await pool.acquire()
+                server.state = "refuses"
+                with pytest.raises(PoolTimeout):
+                    await pool.acquire()
+                pool.release(first)
+                async with pool.connection() as second:
+                    assert second is first
+                server.state = "up"
+                await anyio.sleep(11)
+                await borrow_all(pool, server)
+
+        run(main)
+
+    @pytest.mark.parametrize("fail_fast", [False, True])
+    def test_is_told_if_the_pool_is_closed_meanwhile(self, run: Any, fail_fast: bool) -> None:
+        async def main() -> None:
+            server = Server("hangs")
+            outcomes: list[object] = []
+
+            async def use() -> None:
+                with pytest.raises(PoolClosed):
+                    await pool.acquire()
+                outcomes.append(now())
+
+            pool = server.pool(fail_fast=fail_fast)
+            await pool.__aenter__()
+            async with anyio.create_task_group() as tasks:
+                for _ in range(3):
+                    tasks.start_soon(use)
+                await anyio.sleep(1)
+                began = now()
+                await pool.__aexit__(None, None, None)
+                assert now() == began  # those under way are not waited for
+            assert outcomes == [began] * 3
+            assert server.connecting == 0
+
+        run(main)
+
+    def test_for_the_pool_to_be_filled_is_told_why_it_is_not(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server("refuses")
+            async with server.pool(min_size=1) as pool:
+                began = now()
+                with pytest.raises(PoolTimeout) as info:
+                    await pool.wait(5)
+                assert now() - began == pytest.approx(5, abs=EXACT)
+                assert isinstance(info.value.__cause__, ConnectionRefusedError)
+                server.state = "up"
+                await pool.wait(11)
+                assert pool.get_stats()["pool_available"] == 1
+
+        run(main)
+
+
+class TestAPoolAfterAnOutage:
+    @pytest.mark.parametrize("state", ["refuses", "hangs"])
+    def test_refills_itself_if_its_idle_connections_had_died(self, run: Any, state: str) -> None:
+        async def main() -> None:
+            server = Server()
+            async with server.pool(min_size=3, max_size=5, connect_timeout=2) as pool:
+                await pool.wait()
+                server.dies(state)
+                await pool.check()
+                await anyio.sleep(60)
+                stats = pool.get_stats()
+                assert stats["pool_available"] == 0
+                assert stats["connections_lost"] == stats["closed_check"] == 3
+                assert stats["connections_errors"] > 3
+                server.state = "up"
+                await anyio.sleep(10 + 2 + 1)  # nobody asks for anything
+                assert pool.get_stats()["pool_available"] == 3 == len(server.open)
+                assert server.kinds().count("outage") == server.kinds().count("recovered") == 1
+                await borrow_all(pool, server)
+
+        run(main)
+
+    def test_replaces_those_that_died_while_borrowed(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server()
+            served: list[int] = []
+
+            async def use(number: int) -> None:
+                async with pool.connection(FOR_EVER) as connection:
+                    assert not connection.dead
+                    served.append(number)
+
+            async with server.pool(max_size=2) as pool:
+                borrowed = [await pool.acquire(), await pool.acquire()]
+                async with anyio.create_task_group() as tasks:
+                    for number in range(4):
+                        tasks.start_soon(use, number)
+                        await settle()
+                    server.dies()
+                    for connection in borrowed:
+                        pool.discard(connection)
+                    await anyio.sleep(30)
+                    assert served == []
+                    assert pool.get_stats()["pool_size"] == 0
+                    assert pool.get_stats()["returns_bad"] == 2
+                    server.state = "up"
+                assert sorted(served) == [0, 1, 2, 3]
+                await borrow_all(pool, server)
+
+        run(main)
+
+    def test_finds_out_that_it_is_over_even_if_nobody_wants_anything(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server("refuses")
+            async with server.pool() as pool:
+                with pytest.raises(PoolTimeout):
+                    await pool.acquire(1)
+                await anyio.sleep(100)
+                server.state = "up"
+                assert "recovered" not in server.kinds()
+                await anyio.sleep(11)
+                assert server.kinds()[-2:] == ["recovered", "connected"]
+                attempts = len(server.attempts)
+                async with pool.connection(0):
+                    pass
+                await anyio.sleep(100)
+                assert len(server.attempts) == attempts  # and that was that
+
+        run(main)
+
+    def test_does_not_come_in_a_herd(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server("refuses", takes=0.5)
+            served: list[int] = []
+
+            async def use(number: int) -> None:
+                async with pool.connection(FOR_EVER):
+                    served.append(number)
+                    await anyio.sleep(0.01)
+
+            async with server.pool(max_size=20, max_connecting=3) as pool:
+                async with anyio.create_task_group() as tasks:
+                    for number in range(200):
+                        tasks.start_soon(use, number)
+                    await anyio.sleep(2)
+                    assert server.peak_connecting == 3  # before it was known to be down
+                    server.peak_connecting = 0
+                    await anyio.sleep(100)
+                    assert server.peak_connecting == 1  # while it was known to be
+                    before = len(server.attempts)
+                    server.state = "up"
+                assert server.peak_connecting == 3
+                # The one that was under way may still have been refused.
+                assert len(server.attempts) - before <= 20 + 1
+                assert len(served) == 200
+                await borrow_all(pool, server)
+
+        run(main)
+
+
+class TestAttemptsToConnect:
+    def test_are_never_more_than_allowed_at_once(self, run: Any) -> None:
+        async def main() -> None:
+            for allowed in (1, 2, 5):
+                server = Server()
+                async with server.pool(max_size=10, max_connecting=allowed) as pool:
+                    began = now()
+                    await borrow_with_tasks(pool, 10)
+                    assert server.peak_connecting == allowed
+                    assert len(server.attempts) == 10
+                    took = server.takes * 10 / allowed
+                    assert now() - began == pytest.approx(took + 1, abs=EXACT)
+                    await borrow_all(pool, server)
+
+        run(main)
+
+    def test_are_made_ever_more_seldom_and_not_at_the_same_time_as_those_of_others(
+        self, run: Any
+    ) -> None:
+        async def main() -> None:
+            patterns = []
+            for _ in range(3):
+                server = Server("refuses")
+                async with server.pool() as pool:
+                    with pytest.raises(PoolTimeout):
+                        await pool.acquire(300)
+                parts = []
+                for number, gap in enumerate(server.gaps()):
+                    longest = min(0.1 * 2**number, 10)
+                    assert longest / 2 - EXACT <= gap <= longest + EXACT
+                    parts.append(gap / longest)
+                assert 300 / 10 <= len(parts) <= 300 / 5 + 10
+                # By chance: from all over the range.
+                assert max(parts) - min(parts) > 0.2
+                patterns.append(tuple(parts[:10]))
+            assert len(set(patterns)) == 3
+
+        run(main)
+
+    def test_begin_with_short_breaks_again_after_a_success(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server("refuses")
+            async with server.pool(max_size=1) as pool:
+                with pytest.raises(PoolTimeout):
+                    await pool.acquire(60)
+                server.state = "up"
+                connection = await pool.acquire(60)
+                server.state = "refuses"
+                server.attempts.clear()
+                pool.discard(connection)
+                with pytest.raises(PoolTimeout):
+                    await pool.acquire(1)
+                assert 0.05 - EXACT <= server.gaps()[0] <= 0.1 + EXACT
+
+        run(main)
+
+    def test_are_made_one_at_a_time_during_an_outage_however_many_ask(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server("refuses", takes=3)
+            async with server.pool() as pool:
+                await expect(PoolTimeout, pool.acquire(10))
+                server.attempts.clear()
+                server.peak_connecting = 0
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(100):
+                        tasks.start_soon(expect, PoolTimeout, pool.acquire(1))
+                        with pytest.raises(anyio.WouldBlock):
+                            pool.acquire_nowait()
+                        await anyio.sleep(0.3)
+                assert server.peak_connecting == 1
+                assert len(server.attempts) <= 31 / 3 + 1
+
+        run(main)
+
+    @pytest.mark.parametrize("number", [1, 4])
+    def test_that_fail_together_count_as_one(self, run: Any, number: int) -> None:
+        async def main() -> None:
+            server = Server("refuses")
+            async with server.pool(max_connecting=4) as pool:
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(number):
+                        tasks.start_soon(expect, PoolTimeout, pool.acquire(0.2))
+                assert server.attempts[: number + 1].count(server.attempts[0]) == number
+                gap = server.attempts[number] - server.attempts[0] - server.takes
+                assert 0.05 - EXACT <= gap <= 0.1 + EXACT
+
+        run(main)
+
+    @pytest.mark.parametrize("limit", ["connect_timeout", "timeout"])
+    def test_that_hang_are_given_up(self, run: Any, limit: str) -> None:
+        async def main() -> None:
+            server = Server("hangs")
+            async with server.pool(**{limit: 2}, max_size=1) as pool:
+                began = now()
+                with pytest.raises(PoolTimeout) as info:
+                    await pool.acquire(5)
+                assert isinstance(info.value.__cause__, TimeoutError)
+                assert not isinstance(info.value.__cause__, PoolTimeout)
+                failures = [event for event in server.events if event.kind == "connect_failed"]
+                assert len(failures) == 2
+                second = server.attempts[1] - began
+                assert 2.05 - EXACT <= second <= 2.1 + EXACT
+                assert server.peak_connecting == 1
+                server.state = "up"
+                await borrow_all(pool, server)
+                assert server.connecting == 0
+
+        run(main)
+
+    def test_that_hang_in_configure_are_given_up_and_closed(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server()
+            hangs = True
+
+            async def configure(connection: Connection) -> None:
+                if hangs:
+                    await anyio.sleep_forever()
+
+            async with server.pool(configure=configure, connect_timeout=2, max_size=2) as pool:
+                with pytest.raises(PoolTimeout) as info:
+                    await pool.acquire(10)
+                assert isinstance(info.value.__cause__, TimeoutError)
+                assert len(server.made) >= 3
+                assert len(server.open) <= 1
+                stats = pool.get_stats()
+                assert stats["closed_configure"] == len(server.made) - len(server.open)
+                assert stats["connections_errors"] == stats["closed_configure"]
+                hangs = False
+                await borrow_all(pool, server)
+
+        run(main)
+
+    def test_that_take_no_notice_of_their_deadline_are_still_of_use(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server()
+
+            async def connect() -> Connection:
+                with anyio.CancelScope(shield=True):
+                    await anyio.sleep(5)
+                return await server.connect()
+
+            server.takes = 0
+            slow = ConnectionPool(
+                stubborn(server, 5), max_size=1, connect_timeout=1, on_event=server.events.append
+            )
+            async with slow as pool:
+                with pytest.raises(PoolTimeout):
+                    await pool.acquire(2)
+                await anyio.sleep(2)
+                assert pool.get_stats()["connecting"] == 1  # it still has the slot
+                assert len(server.attempts) == 1
+                await anyio.sleep(1 + EXACT)
+                assert pool.get_stats()["pool_available"] == 1
+                assert server.kinds() == ["connected"]
+                async with pool.connection(0) as connection:
+                    assert connection is server.made[0]
+                await borrow_all(pool, server)
+
+        run(main)
+
+    def test_that_take_no_notice_of_a_closing_are_waited_for_and_closed(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server()
+            pool = ConnectionPool(stubborn(server, 5), close=server.close, min_size=1)
+            began = now()
+            async with pool:
+                await anyio.sleep(1)
+            assert now() - began == pytest.approx(5, abs=EXACT)
+            assert [connection.closed for connection in server.made] == [1]
+
+        run(main)
+
+    def test_that_fail_now_and_then_cost_no_slot(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server()
+            calls: Counter[str] = Counter()
+
+            async def connect() -> Connection:
+                calls["connect"] += 1
+                if calls["connect"] % 3 == 0:
+                    raise OSError("connect")
+                return await server.connect()
+
+            async def configure(connection: Connection) -> None:
+                calls["configure"] += 1
+                fails = calls["configure"] % 5 == 0
+                await anyio.sleep(0.001)
+                if fails:
+                    raise OSError("configure")
+
+            async with server.pool(connect=connect, configure=configure, max_size=4) as pool:
+
+                async def use() -> None:
+                    for _ in range(15):
+                        async with pool.connection(FOR_EVER) as connection:
+                            await anyio.sleep(0.01)
+                            pool.discard(connection)
+
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(6):
+                        tasks.start_soon(use)
+                await settle()
+                stats = pool.get_stats()
+                assert stats["returns_bad"] == stats["closed_discard"] == 90
+                assert stats["connections_errors"] > 20
+                assert stats["closed_configure"] > 5
+                assert server.kinds().count("outage") > 1
+                connects = Counter(server.kinds())
+                assert connects["outage"] - connects["recovered"] in (0, 1)
+                await borrow_all(pool, server)
+
+        run(main)
+
+
+def stubborn(server: Server, seconds: float) -> Callable[[], Awaitable[Connection]]:
+    """Return a connect that can't be cancelled."""
+
+    async def connect() -> Connection:
+        server.attempts.append(now())
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(seconds)
+        server.made.append(Connection())
+        return server.made[-1]
+
+    return connect
+
+
+async def expect(error: type[Exception], work: Awaitable[object]) -> None:
+    with pytest.raises(error):
+        await work
+
+
+async def borrow_with_tasks(pool: ConnectionPool[Connection], number: int) -> None:
+    """Let `number` tasks borrow a connection, and keep it until all have."""
+    borrowed = 0
+
+    async def use() -> None:
+        nonlocal borrowed
+        async with pool.connection():
+            borrowed += 1
+            if borrowed == number:
+                everybody.set()
+            await everybody.wait()
+            await anyio.sleep(1)
+
+    everybody = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        for _ in range(number):
+            tasks.start_soon(use)
+
+
+class TestWhoIsTold:
+    @pytest.mark.parametrize("kind", ["plain", "async", "failing"])
+    def test_reconnect_failed_is_called_again_and_again(self, run: Any, kind: str) -> None:
+        async def main() -> None:
+            server = Server("refuses")
+            calls: list[float] = []
+
+            def plain(found: ConnectionPool[Connection]) -> None:
+                assert found is pool
+                calls.append(now() - began)
+                if kind == "failing":
+                    raise RuntimeError("this is no help")
+
+            async def asynchronous(found: ConnectionPool[Connection]) -> None:
+                await anyio.sleep(0)
+                plain(found)
+
+            hook = asynchronous if kind == "async" else plain
+            pool = server.pool(min_size=1, reconnect_timeout=60, reconnect_failed=hook)
+            async with pool:
+                began = now()
+                await anyio.sleep(59)
+                assert calls == []
+                await anyio.sleep(161)
+                assert len(calls) == 3
+                for number, called in enumerate(calls):
+                    # With the first attempt after that; and each may be late by as much.
+                    assert 60 * (number + 1) <= called <= 60 * (number + 1) + 10.1 * (number + 1)
+                server.state = "up"
+                await pool.wait()
+                before = len(calls)
+                server.dies()
+                await pool.check()
+                await anyio.sleep(55)
+                assert len(calls) == before  # the next outage is another one
+                await anyio.sleep(20)
+                assert len(calls) == before + 1
+
+        run(main)
+
+    def test_events_tell_of_the_outage_once_and_of_its_end_once(self, run: Any) -> None:
+        async def main() -> None:
+            server = Server("refuses")
+            async with server.pool(max_connecting=2, name="a pool") as pool:
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(3):
+                        tasks.start_soon(expect, PoolTimeout, pool.acquire(5))
+                server.state = "up"
+                async with pool.connection():
+                    pass
+            kinds = server.kinds()
+            assert kinds[:3] == ["connect_failed", "outage", "connect_failed"]
+            assert kinds.count("connect_failed") == len(server.attempts) - len(server.made)
+            after = kinds[kinds.index("recovered") :]
+            assert after[:2] == ["recovered", "connected"]
+            assert set(after[2:]) <= {"connected", "closed"}
+            assert kinds.count("outage") == kinds.count("recovered") == 1
+            for event in server.events:
+                assert event.pool == "a pool"
+                failed = event.kind in {"connect_failed", "outage"}
+                assert isinstance(event.error, ConnectionRefusedError) is failed
+                assert (event.info is not None) is (event.kind in {"connected", "closed"})
+
+        run(main)
+
+    def test_an_error_of_the_last_outage_is_not_blamed_for_a_timeout_of_today(
+        self, run: Any
+    ) -> None:
+        async def main() -> None:
+            server = Server("refuses")
+            async with server.pool(max_size=1) as pool:
+                await expect(PoolTimeout, pool.acquire(1))
+                server.state = "up"
+                async with pool.connection():
+                    with pytest.raises(PoolTimeout) as info:
+                        await pool.acquire(1)
+                assert info.value.__cause__ is None
+                assert "connecting fails" not in str(info.value)
+
+        run(main)
+
+
+class TestStatisticsOfWhatWentWrong:
+    @pytest.mark.parametrize("how", ["raises", "says no", "hangs"])
+    def test_a_connection_that_fails_its_check_is_lost(self, run: Any, how: str) -> None:
+        async def main() -> None:
+            server = Server()
+
+            async def check(connection: Connection) -> bool | None:
+                if not connection.dead:
+                    return None
+                if how == "hangs":
+                    await anyio.sleep_forever()
+                if how == "raises":
+                    raise ConnectionResetError
+                return False
+
+            pool = server.pool(check=check, check_idle=0, check_timeout=2, min_size=2, max_size=2)
+            async with pool:
+                await pool.wait()
+                server.dies("up")
+                began = now()
+                async with pool.connection() as connection:
+                    assert not connection.dead
+                assert now() - began <= (2 if how == "hangs" else 0) + 2 * server.takes + EXACT
+                await pool.check()
+                await anyio.sleep(3)
+                stats = pool.get_stats()
+                assert stats["connections_lost"] == stats["closed_check"] == 2
+                assert stats["returns_bad"] == stats["connections_errors"] == 0
+                await borrow_all(pool, server)
+                errors = [event.error for event in server.events if event.reason == "check"]
+                assert [type(error) for error in errors] == 2 * [
+                    {
+                        "raises": ConnectionResetError,
+                        "says no": ConnectionError,
+                        "hangs": TimeoutError,
+                    }[how]
+                ]
+
+        run(main)
+
+    @pytest.mark.parametrize("how", ["raises", "hangs"])
+    def test_a_connection_that_fails_its_reset_is_a_bad_return(self, run: Any, how: str) -> None:
+        async def main() -> None:
+            server = Server()
+
+            async def reset(connection: Connection) -> None:
+                if how == "hangs" and connection.dead:
+                    await anyio.sleep_forever()
+                if connection.dead:
+                    raise ConnectionResetError
+
+            async with server.pool(reset=reset, check_timeout=2, max_size=2) as pool:
+                first, second = await pool.acquire(), await pool.acquire()
+                first.dead = True
+                pool.release(first)
+                pool.discard(second)  # is closed without a reset
+                async with pool.connection() as third:
+                    assert third not in (first, second)
+                await anyio.sleep(3)
+                stats = pool.get_stats()
+                assert stats["returns_bad"] == 2
+                assert stats["closed_reset"] == stats["closed_discard"] == 1
+                assert stats["connections_lost"] == 0
+                await borrow_all(pool, server)
+
+        run(main)
+
+    @pytest.mark.parametrize("how", ["raises", "hangs"])
+    def test_a_connection_that_can_not_even_be_closed_costs_no_slot(
+        self, run: Any, how: str
+    ) -> None:
+        async def main() -> None:
+            server = Server()
+
+            async def close(connection: Connection) -> None:
+                connection.closed += 1
+                if how == "hangs":
+                    await anyio.sleep_forever()
+                raise OSError("not even that")
+
+            async with server.pool(close=close, close_timeout=2, max_size=1) as pool:
+                pool.discard(await pool.acquire())
+                began = now()
+                async with pool.connection():
+                    pass
+                took = server.takes + (2 if how == "hangs" else 0)
+                assert now() - began == pytest.approx(took, abs=EXACT)
+                assert server.kinds()[1:3] == ["close_failed", "closed"]
+                await borrow_all(pool, server)
+            assert [connection.closed for connection in server.made] == [1, 1]
+
+        run(main)
+
+
+@pytest.mark.anyio
+async def test_an_outage_in_which_there_is_no_room_for_an_attempt_takes_no_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = Server()
+    async with server.pool(max_size=2) as pool:
+        connection = await pool.acquire()
+        server.state = "refuses"
+        await expect(PoolTimeout, pool.acquire(0.02))
+        await pool.resize(0, 1)
+        reviews = 0
+        review = Keeper._review
+
+        def counted(self: Keeper[Any]) -> float:
+            nonlocal reviews
+            reviews += 1
+            return review(self)
+
+        monkeypatch.setattr(Keeper, "_review", counted)
+        await anyio.sleep(0.3)
+        pool.release(connection)
+    assert reviews < 50
+
+
+@pytest.mark.anyio
+async def test_a_connection_made_where_a_lost_one_was_is_a_new_one() -> None:
+    class Roomy:
+        """Of an uncommon size, so that it is the next one of these that gets its memory."""
+
+        __slots__ = ("__weakref__", *(f"slot{number}" for number in range(40)))
+
+    made: list[int] = []
+    rejected: list[Roomy] = []
+    lost: list[Roomy] = []
+
+    async def connect() -> Roomy:
+        # Nothing but chance decides when Python collects something: for instance, now.
+        lost.clear()
+        found = Roomy()
+        while made and id(found) != made[0] and len(rejected) < 1000:
+            rejected.append(found)
+            found = Roomy()
+        made.append(id(found))
+        return found
+
+    events: list[PoolEvent] = []
+    async with ConnectionPool(connect, max_size=2, on_event=events.append) as pool:
+        lost.append(await pool.acquire())
+        async with pool.connection(10):
+            assert made[0] == made[1], "the memory was not used again"
+            assert "connect_failed" not in [event.kind for event in events]
+            async with pool.connection(10):
+                pass
