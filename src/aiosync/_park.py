@@ -24,6 +24,7 @@ from asyncio import (
     Future,
     _get_running_loop,
     current_task,
+    get_running_loop,
 )
 from asyncio import (
     InvalidStateError as InvalidStateError,  # noqa: PLC0414  (for `_handoff` too)
@@ -342,7 +343,8 @@ def locate() -> Callable[[], object]:
     To be called by a task, as what is returned: that returns the same as `here` does now, and on
     another event loop something else.
     """
-    return here if _running_trio() is not None else _get_running_loop
+    # With trio about it may be a guest of the same asyncio loop.
+    return here if "trio" in _modules else _get_running_loop
 
 
 # The event loop holds its tasks by weak references only.
@@ -371,10 +373,7 @@ def start_in_background(
 
         trio.lowlevel.spawn_system_task(work_and_end, name=name, context=copy_context())
         return
-    loop = _get_running_loop()
-    if loop is None:
-        raise _no_event_loop()
-    task = loop.create_task(work(), name=name)
+    task = get_running_loop().create_task(work(), name=name)
     _background.add(task)
     task.add_done_callback(_background.discard)
     task.add_done_callback(lambda _: end())

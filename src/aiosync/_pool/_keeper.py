@@ -194,7 +194,7 @@ class Keeper(Generic[T]):
         self._shrink()
         # In this order; see IdleQueue.room.
         idle.room = self.size < self.max_size
-        self._wake_dormant(now)
+        self._wake_dormant()
         self._grow(now)
         idle.room = self.size < self.max_size
         if self.is_ready():
@@ -248,17 +248,14 @@ class Keeper(Generic[T]):
         for record in in_use[:surplus]:
             record.retire("resize")
 
-    def _wake_dormant(self, now: float) -> None:
+    def _wake_dormant(self) -> None:
         dormant = self.idle.dormant
         while dormant and len(self.idle.waiters) > self.serving:
             try:
                 record = dormant.pop()
             except IndexError:
                 break  # somebody who does not wait took it
-            if self.idle.is_spoiled(record, now):
-                self.discard(record, "idle" if record.expires > now else record.retired)
-            else:
-                self.serve(record, "check")
+            self.serve(record, "check")
 
     def _grow(self, now: float) -> None:
         room = self.max_size - self.size
@@ -310,27 +307,26 @@ class Keeper(Generic[T]):
         record: Record[T] | None = None
         error: BaseException | None = None
         ready = False
-        scope: CancelScope | None = None
         try:
             with fail_after(self.settings.connect_timeout, shield=True) as scope:
                 self._connects.add(scope)
-                if self.stopping:
-                    return
-                connection = await _call(self.settings.connect)
-                record = self._adopt(connection)
-                self.configuring += 1
-                if self.settings.configure is not None:
-                    await _call(self.settings.configure, connection)
-                ready = True
+                try:
+                    if self.stopping:
+                        return
+                    connection = await _call(self.settings.connect)
+                    record = self._adopt(connection)
+                    self.configuring += 1
+                    if self.settings.configure is not None:
+                        await _call(self.settings.configure, connection)
+                    ready = True
+                finally:
+                    self._connects.discard(scope)
         except Exception as caught:
             error = caught
         except get_cancelled_exc_class():
-            if not self.stopping:
-                error = ConnectionError("connect() or configure() was cancelled")
+            error = ConnectionError("connect() or configure() was cancelled")
             raise
         finally:
-            if scope is not None:
-                self._connects.discard(scope)
             self.opening -= 1
             self.tally.add("connections_num")
             if record is not None:
@@ -585,11 +581,10 @@ class Keeper(Generic[T]):
 
     def _force(self) -> None:
         for record in self._borrowed():
-            if self.lent.pop(record.key, None) is not None:
-                connection = record.alive()
-                if connection is not None:
-                    self.forced[record.key] = connection
-                    self.discard(record, "forced")
+            connection = record.alive()
+            if connection is not None and self.lent.pop(record.key, None) is record:
+                self.forced[record.key] = connection
+                self.discard(record, "forced")
 
     # -- Telling. From any thread, but for events.
 

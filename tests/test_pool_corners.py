@@ -1,0 +1,279 @@
+"""What only happens if two things come together: each is brought about by hand, from the inside."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+import trio
+
+from aiosync import ConnectionPool, PoolClosed, PoolEvent, PoolTimeout, _park
+from aiosync._handoff import HandoffQueue, new_claim
+from aiosync._park import ThreadSleeper
+from aiosync._pool import _face
+from aiosync._pool._idle import IdleQueue
+from aiosync._pool._keeper import describe
+from aiosync._pool._records import ALWAYS, Failure, Record
+
+
+class Connection:
+    def __init__(self) -> None:
+        self.closings = 0
+
+    async def aclose(self) -> None:
+        self.closings += 1
+
+
+def failure() -> Failure:
+    return Failure(lambda: PoolClosed("closed"))
+
+
+def idle_queue(calls: list[str] | None = None) -> IdleQueue[Connection]:
+    """Return an open queue; `calls` gets an entry each time that it calls its keeper."""
+    found = [] if calls is None else calls
+    queue: IdleQueue[Connection] = IdleQueue(True, ALWAYS, failure(), lambda: found.append("call"))
+    queue.open()
+    return queue
+
+
+def record(good_until: float = ALWAYS, expires: float = ALWAYS) -> Record[Connection]:
+    made = Record(Connection(), 0, expires)
+    made.good_until = good_until
+    return made
+
+
+class Emptied(deque[Any]):
+    """Another thread takes the last one between the look and the removal."""
+
+    def pop(self) -> Any:  # type: ignore[override]
+        super().clear()
+        return super().pop()
+
+
+class Changed(deque[Any]):
+    """Another thread changes it during the first attempt to copy it."""
+
+    tries = 0
+
+    def copy(self) -> Any:
+        self.tries += 1
+        if self.tries == 1:
+            raise RuntimeError("deque mutated during iteration")
+        return super().copy()
+
+
+class TestTheQueue:
+    def test_a_failure_that_nobody_took_is_dropped(self) -> None:
+        queue = idle_queue()
+        good = record()
+        queue.items.extend([good, failure()])
+        assert queue.pick(0, True) is good
+        queue.put(failure())
+        assert not queue.items
+
+    def test_what_was_retired_on_its_way_goes_to_the_keeper(self) -> None:
+        calls: list[str] = []
+        queue = idle_queue(calls)
+        old = record()
+        old.retire("drain")
+        queue.put(old)
+        assert list(queue.dormant) == [old]
+        assert calls == ["call"]
+
+    def test_the_keeper_takes_the_last_dormant_one(self) -> None:
+        queue = idle_queue()
+        queue.dormant = Emptied([record()])
+        assert queue.pick(0, False) is None
+
+    def test_a_copy_of_what_others_change_is_tried_again(self) -> None:
+        queue = idle_queue()
+        waiting = record()
+        queue.items = Changed([waiting])
+        assert queue.snapshot() == [waiting]
+
+    def test_those_whose_time_is_over_are_woken_and_the_next_one_is_known(self) -> None:
+        queue: HandoffQueue[int] = HandoffQueue()
+        sleepers = [ThreadSleeper() for _ in range(4)]
+        for sleeper, deadline in zip(sleepers, (1.0, None, 2.0, 3.0), strict=True):
+            claim = new_claim()
+            claim[1] = deadline
+            queue.join(sleeper, claim)
+        assert queue.expire(2.0) == 3.0
+        assert [sleeper._bell.acquire(False) for sleeper in sleepers] == [True, False, True, False]
+
+    def test_to_look_for_those_is_tried_again_if_another_thread_comes_between(self) -> None:
+        class ChangedItems(OrderedDict[Any, Any]):
+            tries = 0
+
+            def items(self) -> Any:
+                self.tries += 1
+                if self.tries == 1:
+                    raise RuntimeError("OrderedDict mutated during iteration")
+                return super().items()
+
+        queue: HandoffQueue[int] = HandoffQueue()
+        queue.waiters = ChangedItems()
+        assert queue.expire(0) == ALWAYS
+
+
+@pytest.mark.anyio
+class TestTheKeeper:
+    async def test_somebody_who_does_not_wait_takes_the_dormant_one_first(self) -> None:
+        async with ConnectionPool(Connection, check=lambda _: None) as pool:
+            keeper = pool._keeper
+            keeper.idle.dormant = Emptied([record()])
+            keeper.idle.waiters[ThreadSleeper()] = new_claim()
+            keeper._wake_dormant()
+            keeper.idle.waiters.clear()
+            assert not keeper.serving
+
+    async def test_who_gave_back_in_time_is_not_forced(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with ConnectionPool(Connection) as pool:
+            pool.release(await pool.acquire())
+            (idle,) = pool._keeper.records.values()
+            monkeypatch.setattr(pool._keeper, "_borrowed", lambda: [idle])
+            pool._keeper._force()
+            assert not pool._keeper.forced
+            monkeypatch.undo()
+
+    async def test_a_defect_of_the_main_task_closes_the_pool_and_is_raised_there(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made: list[Connection] = []
+
+        def connect() -> Connection:
+            made.append(Connection())
+            return made[-1]
+
+        def fail() -> float:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            async with ConnectionPool(connect, min_size=2) as pool:
+                await pool.wait()
+                monkeypatch.setattr(pool._keeper, "_review", fail)
+                with pytest.raises(PoolClosed):
+                    while True:
+                        pool._keeper.post(lambda: None)
+                        pool.release(await pool.acquire(0))
+                        await anyio.sleep(0)
+        assert [connection.closings for connection in made] == [1, 1]
+
+    async def test_an_error_that_can_not_be_shown_is_named(self) -> None:
+        class Shy(Exception):
+            def __repr__(self) -> str:
+                raise KeyError
+
+        def connect() -> object:
+            raise Shy
+
+        assert describe(Shy()) == "Shy"
+        async with ConnectionPool(connect, fail_fast=True, timeout=None) as pool:
+            with pytest.raises(PoolTimeout, match="connecting fails: Shy") as caught:
+                await pool.acquire()
+            assert isinstance(caught.value.__cause__, Shy)
+
+    async def test_in_a_child_process_nobody_touches_what_belongs_to_the_parent(self) -> None:
+        events: list[PoolEvent] = []
+        pool = ConnectionPool(Connection, min_size=2, on_event=events.append)
+        async with pool:
+            await pool.wait()
+            connection = await pool.acquire()
+            made = [kept.alive() for kept in pool._keeper.records.values()]
+            del events[:]
+            _face._after_fork()  # as if this were the child
+            uses: list[Callable[[], object]] = [
+                pool.acquire_nowait, lambda: pool.release(connection),
+                lambda: pool.discard(connection),
+            ]  # fmt: skip
+            for use in uses:
+                with pytest.raises(PoolClosed, match="before a fork"):
+                    use()
+            with pytest.raises(PoolClosed, match="before a fork"):
+                await pool.acquire()
+            assert "before a fork" in repr(pool)
+        gc.collect()
+        assert [kept.closings for kept in made if kept is not None] == [0, 0]
+        assert events == []
+        # The task of the parent, which is ours.
+        pool._keeper.post(pool._keeper.stop)
+        while not pool._keeper.finished:
+            await anyio.sleep(0)
+
+    async def test_it_is_too_late_to_close_a_pool_whose_loop_has_ended(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with ConnectionPool(Connection) as pool:
+            monkeypatch.setattr(_face, "has_ended", lambda _: True)
+            with pytest.raises(RuntimeError, match="it is too late to close its connections"):
+                await pool.__aexit__(None, None, None)
+            monkeypatch.undo()
+
+
+@pytest.mark.asyncio
+async def test_to_wake_one_whose_time_is_over_and_who_was_cancelled_does_no_harm() -> None:
+    queue: HandoffQueue[int] = HandoffQueue()
+    waiter = _park.task_sleeper()
+    claim = new_claim()
+    claim[1] = 1.0
+    queue.join(waiter, claim)
+    assert isinstance(waiter, asyncio.Future)
+    waiter.cancel()
+    assert queue.expire(2.0) == ALWAYS
+    assert queue.leave(waiter, claim)
+
+
+def test_it_can_be_told_whether_a_loop_has_ended() -> None:
+    found: list[object] = []
+
+    async def main() -> None:
+        found.append(_park.here())
+        assert not _park.has_ended(found[-1])
+
+    trio.run(main)
+    asyncio.run(main())
+    assert all(map(_park.has_ended, found))
+
+
+@pytest.mark.asyncio
+class TestTheMainTaskUnderAsyncio:
+    async def test_it_can_be_cancelled_while_it_closes_and_closes_all_the_same(self) -> None:
+        gate = asyncio.Event()
+        begun = asyncio.Event()
+        closed: list[object] = []
+
+        async def close(connection: object) -> None:
+            begun.set()
+            await gate.wait()
+            closed.append(connection)
+
+        before = asyncio.all_tasks()
+        pool = ConnectionPool(Connection, close=close, min_size=1, name="db")
+        await pool.__aenter__()
+        await pool.wait()
+        (main,) = (task for task in asyncio.all_tasks() - before if task.get_name() == "db")
+        closing = asyncio.ensure_future(pool.__aexit__(None, None, None))
+        await begun.wait()
+        for _ in range(3):
+            main.cancel()
+            await asyncio.sleep(0)
+        gate.set()
+        await closing
+        assert len(closed) == 1
+        with pytest.raises(asyncio.CancelledError):
+            await main
+
+    async def test_it_ends_quietly_if_it_is_collected(self) -> None:
+        pool = ConnectionPool(Connection)
+        pool._keeper.clock = asyncio.get_running_loop().time
+        main = pool._keeper._run()
+        main.send(None)
+        main.close()
+        assert pool._keeper.finished
