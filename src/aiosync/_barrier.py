@@ -102,26 +102,28 @@ class _Round:
     @critical
     def wake(self) -> None:
         """Wake everybody, the fate being known. Does no harm if it is done again."""
-        wake_all(self.sleepers)
-        self.wake_a_thread()
+        if self.sleepers:
+            wake_all(self.sleepers)
+        if self.threads:
+            self.wake_a_thread()
         latecomers = self.decided.get("latecomers")
         if latecomers is not None:
             wake_all(latecomers)
 
     @critical
     def wake_a_thread(self) -> None:
-        if self.threads:
-            try:
-                thread, _ = self.threads.popitem()
-            except KeyError:
-                return  # another thread was faster
-            wake_all([thread])
+        try:
+            thread, _ = self.threads.popitem()
+        except KeyError:
+            return  # there is none left
+        thread.set_result(None)  # for a thread this is the same from everywhere
 
     @critical
     def leave(self, thread: Sleeper) -> None:
         """Take out a thread that sleeps no more, and wake the next. The fate is known by now."""
         self.threads.pop(thread, None)
-        self.wake_a_thread()
+        if self.threads:
+            self.wake_a_thread()
 
     def error(self) -> BrokenBarrierError:
         """Return what to raise for who lost against somebody that broke the round."""

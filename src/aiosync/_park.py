@@ -153,8 +153,8 @@ class ThreadSleeper:
     __slots__ = ("_bell",)
 
     def __init__(self) -> None:
-        self._bell = allocate_lock()
-        self._bell.acquire()
+        bell = self._bell = allocate_lock()
+        bell.acquire()
 
     def __await__(self) -> Generator[Any, None, None]:
         self._bell.acquire()
