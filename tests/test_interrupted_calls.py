@@ -69,7 +69,7 @@ class TestTheLastPartyOfABarrier:
             (_barrier._Rounds, "trip", ["broken", "broken"]),
             # From here on the round has tripped, and stays so.
             (_barrier._Rounds, "after", [0, 1]),
-            (_barrier, "wake_all", [0, 1]),
+            (_barrier._Round, "wake_a_thread", [0, 1]),
         ],
     )
     def test_interrupted_anywhere_it_tells_the_others(
@@ -105,7 +105,7 @@ def test_an_abort_that_was_interrupted_can_be_done_again(
 ) -> None:
     barrier = Barrier(3)
     threads, outcomes = wait_in_threads(barrier, 2)
-    interrupt_once(monkeypatch, _barrier, "wake_all")
+    interrupt_once(monkeypatch, _barrier._Round, "wake_a_thread")
     with pytest.raises(Interrupt):
         barrier.abort()
     assert barrier.broken
