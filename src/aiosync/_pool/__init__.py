@@ -3,10 +3,12 @@
 _records   one connection: what the pool knows of it; events and statistics
 _idle      the queue in which idle connections and those who wait for one meet
 _keeper    the background: opens, checks, resets, closes, keeps the size
+_borrowing what borrows for the length of a block
 _face      what a user sees
 """
 
-from ._face import Borrowing, ConnectionPool
+from ._borrowing import Borrowing
+from ._face import ConnectionPool
 from ._records import ConnectionInfo, PoolEvent
 
 __all__ = ["Borrowing", "ConnectionInfo", "ConnectionPool", "PoolEvent"]
