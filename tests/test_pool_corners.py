@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 import trio
 
@@ -207,6 +208,87 @@ class TestTheKeeper:
         while not pool._keeper.finished:
             await anyio.sleep(0)
 
+    async def test_a_function_of_the_pool_may_close_it(self) -> None:
+        ended = anyio.Event()
+
+        async def complain(pool: ConnectionPool[object]) -> None:
+            await pool.__aexit__(None, None, None)
+            ended.set()
+
+        def refuse() -> object:
+            raise OSError
+
+        async with ConnectionPool(
+            refuse, min_size=1, reconnect_timeout=0, reconnect_failed=complain
+        ) as pool:
+            with anyio.fail_after(20):
+                await ended.wait()
+            with pytest.raises(PoolClosed):
+                await pool.acquire()
+
+    async def test_an_event_that_ends_in_a_cancellation_loses_nothing(self) -> None:
+        cancelled = anyio.get_cancelled_exc_class()
+
+        def tell(event: PoolEvent) -> None:
+            if cancelled is asyncio.CancelledError:
+                raise cancelled  # the result of a future that was cancelled, for instance
+            raise KeyError
+
+        async with ConnectionPool(Connection, on_event=tell, min_size=1) as pool:
+            await pool.wait()
+            pool.release(await pool.acquire())
+        assert pool.get_stats()["closed_shutdown"] == 1
+
+    async def test_wait_waits_until_connections_are_configured(self) -> None:
+        configured: list[object] = []
+
+        async def configure(connection: Connection) -> None:
+            for _ in range(10):
+                await anyio.lowlevel.checkpoint()
+            configured.append(connection)
+
+        async with ConnectionPool(Connection, configure=configure, min_size=2) as pool:
+            await pool.wait()
+            assert len(configured) == 2
+
+    async def test_one_that_is_closed_by_force_is_closed_even_if_it_comes_back_at_once(
+        self,
+    ) -> None:
+        closed: list[object] = []
+        pool = ConnectionPool(Connection, close=closed.append, close_timeout=0)
+        await pool.__aenter__()
+        connection: Connection | None = await pool.acquire()
+        pool._keeper._force()
+        assert connection is not None
+        pool.release(connection)
+        del connection
+        gc.collect()
+        await pool.__aexit__(None, None, None)
+        assert [type(one) for one in closed] == [Connection]
+
+    async def test_a_block_that_begins_when_its_connection_is_gone_already_ends_quietly(
+        self,
+    ) -> None:
+        async with ConnectionPool(Connection) as pool:
+            checkout = pool.connection()
+            gone = Connection()
+            pool._keeper.forced[id(gone)] = gone
+
+            async def acquire() -> Connection:
+                return gone
+
+            assert await checkout._borrow(acquire()) is gone
+            checkout._give_back()
+            assert not pool._keeper.forced
+
+    async def test_a_failure_that_nobody_took_is_not_handed_out_on_the_common_path(self) -> None:
+        async with ConnectionPool(Connection, fast_acquire=True) as pool:
+            pool.release(await pool.acquire())
+            pool._idle.items.append(failure())
+            pool.release(await pool.acquire())
+            assert not pool._idle.dormant
+            assert pool._idle.idle() == 1
+
     async def test_it_is_too_late_to_close_a_pool_whose_loop_has_ended(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -240,6 +322,23 @@ def test_it_can_be_told_whether_a_loop_has_ended() -> None:
     trio.run(main)
     asyncio.run(main())
     assert all(map(_park.has_ended, found))
+
+
+def test_the_tasks_of_a_loop_that_was_closed_without_a_word_are_forgotten() -> None:
+    async def sleep_on() -> None:
+        await asyncio.sleep(1000)
+
+    async def start() -> None:
+        _park.start_in_background(sleep_on, "sleeper", lambda: None)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(start())
+    (task,) = _park._background
+    loop.close()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    del task
+    asyncio.run(start())
+    assert not _park._background
 
 
 @pytest.mark.asyncio

@@ -276,7 +276,8 @@ def as_threading(
 ) -> ThreadSemaphore | ThreadBarrier | ThreadConnectionPool[Any]:
     """Return a view of `shared` for OS threads, with the API that its namesake in `threading` has.
 
-    The view of a pool has the methods of the pool, without their ``await``.
+    The view of a pool borrows and gives back as the pool does, without ``await``; only the tasks of
+    the event loop that opened a pool resize, drain or close it.
 
     The view holds no state of its own: threads that use it and tasks that await `shared` stand in
     one line, and any number of views may be made. May be called from anywhere.

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union
 from anyio import CancelScope, NoEventLoopError
 
 if TYPE_CHECKING:
+    from asyncio import Task as AsyncioTask
     from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 
     from trio.lowlevel import Abort, Task, TrioToken
@@ -348,7 +349,7 @@ def locate() -> Callable[[], object]:
 
 
 # The event loop holds its tasks by weak references only.
-_background: set[object] = set()
+_background: set[AsyncioTask[None]] = set()
 
 
 def start_in_background(
@@ -374,6 +375,9 @@ def start_in_background(
         trio.lowlevel.spawn_system_task(work_and_end, name=name, context=copy_context())
         return
     task = get_running_loop().create_task(work(), name=name)
+    for old in list(_background):
+        if old.get_loop().is_closed():  # without a word to its tasks
+            _background.discard(old)
     _background.add(task)
     task.add_done_callback(_background.discard)
     task.add_done_callback(lambda _: end())

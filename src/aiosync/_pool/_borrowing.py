@@ -40,9 +40,11 @@ class Borrowing(NotCopied, Generic[T]):
             acquire.close()
             raise RuntimeError("this has borrowed a connection already; call connection() again")
         connection = self._connection = await acquire
-        record = self._record = self._pool._lent[id(connection)]
-        # By which we know at the end whether it is still ours.
-        self._use = record.uses
+        # None if the pool has taken it back by force, from a thread, already.
+        record = self._record = self._pool._lent.get(id(connection))
+        if record is not None:
+            # By which we know at the end whether it is still ours.
+            self._use = record.uses
         return connection
 
     @critical
@@ -62,13 +64,14 @@ class Checkout(Borrowing[T]):
 
     __slots__ = ()
 
-    async def __aenter__(self) -> T:
+    def __aenter__(self) -> Coroutine[Any, Any, T]:
         """Do what `ConnectionPool.acquire` does.
 
         :raises RuntimeError: also if it has borrowed a connection already
         """
-        return await self._borrow(self._pool.acquire(self._timeout))
+        return self._borrow(self._pool.acquire(self._timeout))
 
+    @critical
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,

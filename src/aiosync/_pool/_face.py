@@ -7,14 +7,13 @@ and to give it back, which takes no lock, no task and no timer. The rest is the 
 from __future__ import annotations
 
 import os
-from collections import deque
 from functools import partial
 from itertools import count
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 from weakref import WeakSet
 
-from anyio import WouldBlock
+from anyio import WouldBlock, get_current_task
 
 from .._errors import (
     NotCopied,
@@ -22,6 +21,7 @@ from .._errors import (
     TooManyRequests,
     check_timeout,
 )
+from .._handoff import HandoffQueue
 from .._park import (
     at_most,
     checkpoint,
@@ -271,8 +271,11 @@ class ConnectionPool(NotCopied, Generic[T]):
         self._watch = settings.leak_timeout != ALWAYS
         # Whether each connection that comes back goes to the keeper first.
         self._service = settings.reset is not None or settings.check_idle == 0
-        # One entry for each who may still begin to wait; None: there is no limit.
-        self._places = deque([None] * max_waiting) if max_waiting else None
+        # An item for each who may still begin to wait; None: there is no limit.
+        self._places: HandoffQueue[bool] | None = None
+        if max_waiting:
+            self._places = HandoffQueue()
+            self._places.put_equal(True, max_waiting)
         # What `pop_stats` subtracts.
         self._popped: dict[str, int] = {}
         self._lifo = lifo
@@ -322,6 +325,8 @@ class ConnectionPool(NotCopied, Generic[T]):
                 f"the event loop of {self.name} has ended without closing the pool; "
                 f"it is too late to close its connections"
             )
+        if get_current_task().id in self._keeper.tasks:
+            return  # called by a function of ours, whose end the keeper waits for
         await outlast(lambda: self._keeper.finished, self._keeper.leavers)
         if self._keeper.crash is not None:
             raise self._keeper.crash
@@ -348,8 +353,8 @@ class ConnectionPool(NotCopied, Generic[T]):
         keeper = self._keeper
         _inherited.append((keeper.records.copy(), keeper.mailbox.waiters, self._idle.waiters))
         for record in keeper.records.values():
-            record.ref = None
             _inherited.append(record.alive())
+            record.ref = None
         self._idle.call_keeper = _nothing
         self._idle.shut = keeper.closed
         self._line.append(None)
@@ -392,7 +397,8 @@ class ConnectionPool(NotCopied, Generic[T]):
                 self._lent[record.key] = record
                 record.connection = record.kept
                 return connection
-            self._idle.dormant.append(record)
+            if isinstance(record, Record):  # not a `Failure` that nobody took
+                self._idle.dormant.append(record)
         return await self._take(timeout, task_sleeper)
 
     @critical
@@ -461,7 +467,7 @@ class ConnectionPool(NotCopied, Generic[T]):
                 raise
             finally:
                 if self._places is not None:
-                    self._places.append(None)
+                    self._places.put(True)
             if isinstance(found, Record):
                 now = self._clock()
                 found.queued += 1
@@ -494,14 +500,11 @@ class ConnectionPool(NotCopied, Generic[T]):
             raise keeper.outage.error()
         if new_sleeper is not task_sleeper and has_ended(self._home):
             raise PoolClosed(f"the event loop of {self.name} has ended, without closing the pool")
-        if self._places is not None:
-            try:
-                self._places.pop()
-            except IndexError:
-                keeper.tally.add("requests_errors")
-                raise TooManyRequests(
-                    f"{self._settings.max_waiting} wait for a connection of {self.name} already"
-                ) from None
+        if self._places is not None and not self._places.take_or(False):
+            keeper.tally.add("requests_errors")
+            raise TooManyRequests(
+                f"{self._settings.max_waiting} wait for a connection of {self.name} already"
+            )
 
     def _count_wait(self, outcome: str, began: float) -> None:
         """Count somebody who waited in vain."""
@@ -701,18 +704,19 @@ class ConnectionPool(NotCopied, Generic[T]):
         ``connections_ms``, ``connections_errors``, ``connections_lost`` (failed `check`),
         ``leaks``, and ``closed_...`` for each reason.
         """
+        return self._stats(self._keeper.counts(), self._popped)
+
+    def pop_stats(self) -> dict[str, int]:
+        """Do what `get_stats` does, and let what is counted begin at 0 again."""
         counts = self._keeper.counts()
-        popped = self._popped
+        popped, self._popped = self._popped, counts
+        return self._stats(counts, popped)
+
+    def _stats(self, counts: dict[str, int], popped: dict[str, int]) -> dict[str, int]:
         return {
             **self._keeper.gauges(),
             **{name: count - popped.get(name, 0) for name, count in counts.items()},
         }
-
-    def pop_stats(self) -> dict[str, int]:
-        """Do what `get_stats` does, and let what is counted begin at 0 again."""
-        stats = self.get_stats()
-        self._popped = self._keeper.counts()
-        return stats
 
     def __repr__(self) -> str:
         keeper = self._keeper

@@ -4,7 +4,7 @@ What must live here: all that awaits foreign code. It runs in tasks of the event
 the pool, so nobody who wants a connection can cancel it half way, and the sums below need no care.
 Others ask for things by `post`, from any thread.
 
-Each step that runs foreign code has a deadline, is shielded from the end of the loop, and ends by
+Each step that runs foreign code has a deadline, is shielded from the end of a trio run, and ends by
 putting its connection somewhere, synchronously: into the queue, or into the hands of `discard`. So
 a slot always comes back.
 """
@@ -12,6 +12,7 @@ a slot always comes back.
 from __future__ import annotations
 
 import logging
+import os
 import random
 from contextlib import suppress
 from functools import partial
@@ -23,6 +24,7 @@ from anyio import (
     CancelScope,
     fail_after,
     get_cancelled_exc_class,
+    get_current_task,
 )
 
 from .._errors import PoolTimeout
@@ -51,12 +53,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _chance = random.Random()  # noqa: S311  (nothing secret)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_chance.seed)  # or else all children come at once
 _log = logging.getLogger("aiosync.pool")
 
 # While the backend is down one connect at a time is tried: so long after the first failure, and
 # then twice as long each time, in seconds. Multiplied by a number from 0.5 to 1, by chance, so that
 # the pools of many processes do not all come at once.
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 10.0
+# How often we look for idle connections and leaks at most, in seconds, however short their times.
+_GRAIN = 0.05
+
 _COUNTS = (
     "requests_queued", "requests_wait_ms", "requests_errors", "timeouts", "cancelled",
     "returns_bad", "connections_num", "connections_ms", "connections_errors", "connections_lost",
@@ -124,6 +131,8 @@ class Keeper(Generic[T]):
         self.leavers: list[Sleeper] = []
         # One entry for each task that has not ended, the main one included.
         self.children: set[object] = set()
+        # Those that are running, by their ids.
+        self.tasks: set[int] = set()
         self.stopping = False
         self.finished = False
         self.crash: Exception | None = None
@@ -173,7 +182,7 @@ class Keeper(Generic[T]):
         self.finished = True
         self.idle.close(self.closed)
         wake_all(self.expectant)
-        wake_all(self.leavers)
+        wake_all(self.leavers.copy())
 
     async def _turn(self, due: float) -> None:
         """Wait for a job, or until `due`; then do all jobs there are."""
@@ -214,12 +223,12 @@ class Keeper(Generic[T]):
             due = min(due, self.idle.spoils_at(record))
         for record in self._in_use(idle):
             # It may become idle at any moment, without a word to us.
-            due = min(due, record.expires, now + self.settings.max_idle)
+            due = min(due, record.expires, now + max(self.settings.max_idle, _GRAIN))
         for record in self._borrowed():
             if not record.reported:
                 due = min(due, record.taken + self.settings.leak_timeout)
         # An idle one may be borrowed at any moment.
-        return min(due, now + self.settings.leak_timeout) if self.records else due
+        return min(due, now + max(self.settings.leak_timeout, _GRAIN)) if self.records else due
 
     def _borrowed(self) -> list[Record[T]]:
         return list(self.lent.copy().values())
@@ -283,18 +292,23 @@ class Keeper(Generic[T]):
 
         async def run() -> None:
             begun.append(True)
+            task = get_current_task().id
+            self.tasks.add(task)
             try:
                 await work(*args)
             except Exception as error:
                 # A defect of ours. On trio it must not end the program; `close` raises it.
                 self.crash = error
                 self.stopping = True
+            finally:
+                self.tasks.discard(task)
 
         def end() -> None:
             self.children.discard(key)
             if not begun:
                 stillborn()
-            self.post(_nothing)
+            if not begun or self.stopping:
+                self.post(_nothing)
 
         key = object()
         name = self.settings.name + (f" {work.__name__}" if self.children else "")
@@ -323,8 +337,8 @@ class Keeper(Generic[T]):
                     self._connects.discard(scope)
         except Exception as caught:
             error = caught
-        except get_cancelled_exc_class():
-            error = ConnectionError("connect() or configure() was cancelled")
+        except BaseException as caught:
+            error = ConnectionError(f"connect() or configure() was ended by {caught!r}")
             raise
         finally:
             self.opening -= 1
@@ -332,17 +346,18 @@ class Keeper(Generic[T]):
             if record is not None:
                 self.configuring -= 1
                 self.tally.add("connections_ms", 1000 * (self.clock() - began))
-            if error is not None:
-                self._failed(error, began)
             if record is not None and ready:
-                self._succeeded()
-                self.emit("connected", record)
                 if generation != self.generation:
                     record.retire("drain")
                 self.give(record)
+                self._succeeded()
+                self.emit("connected", record)
             elif record is not None:
                 self.discard(record, "configure", error)
+            if error is not None:
+                self._failed(error, began)
             self.post(_nothing)
+            del error  # or else it would keep itself, by its traceback
 
     def _open_nothing(self) -> None:
         self.opening -= 1
@@ -426,7 +441,7 @@ class Keeper(Generic[T]):
             self.give(record, checked=False)
             return
         self.serving += 1
-        self._start(self._serve, record, step, stillborn=partial(self._serve_not, record))
+        self._start(self._serve, record, step, stillborn=partial(self._serve_again, record, step))
 
     async def _serve(self, record: Record[T], step: Literal["check", "reset"]) -> None:
         good = False
@@ -446,10 +461,11 @@ class Keeper(Generic[T]):
             else:
                 self.discard(record, step, error)
             self.post(_nothing)
+            del error  # or else it would keep itself, by its traceback
 
-    def _serve_not(self, record: Record[T]) -> None:
+    def _serve_again(self, record: Record[T], step: Literal["check", "reset"]) -> None:
         self.serving -= 1
-        self.give(record)
+        self.serve(record, step)
 
     def begin_check(self, done: list[bool]) -> None:
         """Check those that are idle now."""
@@ -478,13 +494,13 @@ class Keeper(Generic[T]):
         if reason in {"check", "reset", "configure", "discard"}:
             self.tally.add("returns_bad", reason in {"reset", "discard"})
             self.tally.add("connections_lost", reason == "check")
-        self._start(
-            self._close,
-            record,
-            reason,
-            error,
-            stillborn=partial(self.discard, record, reason, error),
-        )
+        self._begin_to_close(record, reason, error)
+
+    def _begin_to_close(
+        self, record: Record[T], reason: Reason, error: BaseException | None
+    ) -> None:
+        again = partial(self._begin_to_close, record, reason, error)
+        self._start(self._close, record, reason, error, stillborn=again)
 
     async def _close(self, record: Record[T], reason: Reason, error: BaseException | None) -> None:
         connection = record.alive()
@@ -546,7 +562,7 @@ class Keeper(Generic[T]):
 
     def is_ready(self) -> bool:
         """Tell whether there are as many connections as there should be."""
-        return len(self.records) - len(self.leaving) >= self.min_size
+        return len(self.records) - self.configuring - len(self.leaving) >= self.min_size
 
     async def _shut_down(self) -> None:
         """Close all connections: the idle ones, those that come back, and the others by force."""
@@ -583,7 +599,8 @@ class Keeper(Generic[T]):
         for record in self._borrowed():
             connection = record.alive()
             if connection is not None and self.lent.pop(record.key, None) is record:
-                self.forced[record.key] = connection
+                # Its borrower may let go of it before it is closed.
+                record.connection = self.forced[record.key] = connection
                 self.discard(record, "forced")
 
     # -- Telling. From any thread, but for events.
@@ -617,11 +634,13 @@ class Keeper(Generic[T]):
         if isinstance(when, (int, float)) and when > 0:
             waited = f"within {when:g} s"
         stats = self.pool.get_stats()
+        because = ""
+        if self.last_error is not None:
+            because = f"; connecting fails: {describe(self.last_error)}"
         error = PoolTimeout(
             f"{self.settings.name} had no connection {waited}: of {stats['pool_max']} at most, "
             f"{stats['in_use']} are in use and {stats['connecting']} being made; "
-            f"{stats['requests_waiting']} others wait"
-            + (f"; connecting fails: {describe(self.last_error)}" if self.last_error else ""),
+            f"{stats['requests_waiting']} others wait{because}",
             stats,
         )
         error.__cause__ = self.last_error
@@ -656,7 +675,7 @@ class Keeper(Generic[T]):
         """Call what only wants to know; in a task of its own if it is async."""
         try:
             result = hook(*args)
-        except Exception:
+        except (Exception, get_cancelled_exc_class()):  # the result of a cancelled Future
             _log.exception("%s: %r failed", self.settings.name, hook)
             return
         if isawaitable(result):

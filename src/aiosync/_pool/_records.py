@@ -131,7 +131,7 @@ def call_stack() -> list[tuple[str, int, str]]:
     frame: FrameType | None = sys._getframe(1)
     stack: list[tuple[str, int, str]] = []
     while frame is not None:
-        if not frame.f_globals.get("__name__", "").startswith("aiosync."):
+        if not str(frame.f_globals.get("__name__")).startswith("aiosync."):
             code = frame.f_code
             stack.append((code.co_filename, frame.f_lineno, code.co_name))
         frame = frame.f_back
