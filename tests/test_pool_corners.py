@@ -75,6 +75,7 @@ class TestTheQueue:
         queue.items.extend([good, failure()])
         assert queue.pick(0, True) is good
         queue.put(failure())
+        queue.give_back(failure())
         assert not queue.items
 
     def test_what_was_retired_on_its_way_goes_to_the_keeper(self) -> None:

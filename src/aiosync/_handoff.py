@@ -13,7 +13,8 @@ see `_Locked` below.) A *removal is a claim*: of all who try to remove one thing
 1. *No lost wake-up.* Both sides publish first and look second: `join` adds the waiter before it
    looks at the items, `put` adds the item before it looks at the waiters. Whichever of the two
    publishes last sees the other, and calls `match`. A matcher that gives back what it took
-   publishes again, so it looks again.
+   publishes again, so it looks again. Items move from `reserves` to `items` without a look at the
+   waiters; `join` looks at the two in that order, so it sees an item that moves meanwhile.
 2. *Conservation.* An item is at any moment in one place: in `items`, in the hands of one matcher,
    in the claim of a waiter that was granted it, or with the caller. It moves on by removals only.
 3. *One outcome.* A claim holds two tickets. Who draws the first decides: a matcher, that the waiter
@@ -140,7 +141,8 @@ class HandoffQueue(Generic[T]):
         :param claim: a new one
         """
         self.waiters[waiter] = claim
-        if self.items or self.reserves:
+        # In this order, in which `_restock` moves them, who does not look at the waiters.
+        if self.reserves or self.items:
             self.match()
 
     @critical
@@ -217,7 +219,7 @@ class HandoffQueue(Generic[T]):
             try:
                 waiter, claim = waiters.popitem(False)
             except KeyError:
-                items.append(item)
+                self.give_back(item)
                 continue
             # Cancelled, but not run since: it will leave with empty hands.
             if not waiter.cancelled():
@@ -233,7 +235,12 @@ class HandoffQueue(Generic[T]):
                         continue
                     if wake(waiter, at) or claim.pop() is not _COLLECTS:
                         continue
-            items.append(item)
+            self.give_back(item)
+
+    @critical
+    def give_back(self, item: T) -> None:
+        """Put back an item that a matcher took, but found nobody for. It will look again."""
+        self.items.append(item)
 
     @critical
     def _restock(self) -> bool:

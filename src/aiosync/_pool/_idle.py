@@ -76,6 +76,11 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
             self.match()
 
     @critical
+    def give_back(self, item: Record[T] | Failure) -> None:
+        if isinstance(item, Record):  # a failure is of no use to those who come later
+            self.items.append(item)
+
+    @critical
     def join(self, waiter: Sleeper, claim: Claim) -> None:
         self.waiters[waiter] = claim
         if self.items or self.shut is not None:
