@@ -1,0 +1,90 @@
+"""What is demanded: the least ratio of some comparisons, as data, and the check of it.
+
+What must live here: figures. They hold for CPython 3.11 to 3.13; "within 1.3x of" a floor is a
+ratio of at least 1/1.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from .model import Comparison, Key, work_title
+
+
+class Target(NamedTuple):
+    key: Key
+    least: float
+
+
+def _each(
+    suite: str, backend: str, work: str, peers: dict[str, float], size: int = 0
+) -> Iterator[Target]:
+    for peer, least in peers.items():
+        yield Target(Key(suite, backend, work, size, peer), least)
+
+
+_ASYNCIO_FAST = {"asyncio.Semaphore": 2.3, "anyio, fast_acquire": 3, "aiologic.Semaphore": 4.5}
+_CHECKPOINT = {"floor: bare checkpoint": 1 / 1.15}
+_POOLS = ("psycopg_pool", "SQLAlchemy async", "redis-py", "coredis")
+_LINES = ("asyncio.Semaphore", "anyio.Semaphore", "aiologic.Semaphore")
+_CANCEL = "cancel all, random order"
+
+TARGETS = (
+    *_each("semaphore", "asyncio", "free permit, fast_acquire", _ASYNCIO_FAST),
+    *_each("semaphore", "trio", "free permit, fast_acquire", {"anyio, fast_acquire": 3.4}),
+    *_each("semaphore", "asyncio", "free permit", {"anyio.Semaphore": 2, **_CHECKPOINT}),
+    *_each("semaphore", "trio", "free permit", {"trio.Semaphore": 1, **_CHECKPOINT}),
+    *_each("semaphore", "asyncio", "hand-off", {"asyncio.Semaphore": 1, "aiologic.Semaphore": 1.3}),
+    *_each("semaphore", "trio", "hand-off", {"trio.Semaphore": 1.1}),
+    *_each("barrier", "asyncio", "2 parties", {"asyncio.Barrier": 2.5}),
+    *_each("barrier", "asyncio", "10 parties", {"asyncio.Barrier": 2.9}),
+    *_each("barrier", "asyncio", "100 parties", {"asyncio.Barrier": 2.9}),
+    *_each("barrier", "asyncio", "1000 parties", {"asyncio.Barrier": 2.6}),
+    *_each("barrier", "trio", "10 parties", {"aiologic.Barrier": 1.9}),
+    *_each("barrier", "trio", "100 parties", {"aiologic.Barrier": 1.6}),
+    *_each("scale", "asyncio", _CANCEL, dict.fromkeys(_LINES, 5), 16_000),
+    *_each("scale", "asyncio", _CANCEL, {"floor: bare futures": 1 / 1.7}, 64_000),
+    *_each("threads", "", "free permit", {"threading.Semaphore": 7}),
+    *_each("threads", "", "barrier of 2 threads", {"threading.Barrier": 2}),
+    *_each("threads", "", "barrier of 8 threads", {"threading.Barrier": 2}),
+    *_each("threads", "", "barrier of 64 threads", {"threading.Barrier": 1.5}),
+    *_each("threads", "asyncio", "permit shared with tasks", {"anyio.from_thread": 300}),
+    *_each(
+        "threads",
+        "asyncio",
+        "hand-off to a task",
+        {"floor: call_soon_threadsafe": 1 / 1.3},
+    ),
+    *_each("pool", "asyncio", "alone", dict.fromkeys(_POOLS, 10)),
+    *_each("pool", "asyncio", "100 tasks, 10 connections", dict.fromkeys(_POOLS, 5)),
+    *_each("pool", "asyncio", "most served / least served", {"floor: all alike": 1 / 1.05}),
+)
+
+
+def target_of(key: Key) -> float | None:
+    for target in TARGETS:
+        if target.key == key:
+            return target.least
+    return None
+
+
+def check(comparisons: Sequence[Comparison]) -> tuple[list[str], bool]:
+    """Return a line for each target, and whether all that were measured are met."""
+    found = {comparison.key: comparison for comparison in comparisons}
+    lines, all_met = [], True
+    for key, least in TARGETS:
+        title = " ".join(filter(None, (key.suite, key.backend)))
+        start = f"{title:18} {work_title(key.work, key.size):41} {key.peer:27} {least:7.2f}"
+        comparison = found.get(key)
+        if comparison is None:
+            lines.append(f"{start}        -  not measured")
+            continue
+        verdict = "met"
+        if comparison.ratio < least:
+            all_met = False
+            verdict = f"SHORT by {1 - comparison.ratio / least:.0%}"
+            if comparison.high >= least:
+                verdict += ", within the noise"
+        lines.append(f"{start} {comparison.ratio:8.2f}  {verdict}")
+    return lines, all_met

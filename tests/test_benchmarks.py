@@ -1,0 +1,214 @@
+"""The benchmarks work: `python -m benchmarks`, by the smallest runs. No figure is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from benchmarks.__main__ import EFFORTS, main
+from benchmarks.model import Key
+from benchmarks.suites import SUITES
+from benchmarks.targets import TARGETS
+
+ROOT = Path(__file__).resolve().parent.parent
+HAS_MATPLOTLIB = find_spec("matplotlib") is not None
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=50,
+        check=False,
+    )
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[Any, str, str]:
+    """Do what `run` does where nothing is measured, which is faster without another process."""
+    status: Any
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as ending:
+        status = ending.code
+    return status, *capsys.readouterr()
+
+
+def outcome(
+    work: str, ours: list[float], peer: str, theirs: list[float], suite: str = "semaphore"
+) -> dict[str, Any]:
+    return {
+        "suite": suite,
+        "backend": "asyncio",
+        "work": work,
+        "size": 0,
+        "unit": "s",
+        "samples": {"aiosync": ours, peer: theirs},
+    }
+
+
+def write(file: Path, *rows: dict[str, Any]) -> Path:
+    file.write_text(json.dumps({"version": 1, "rows": rows}), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["nonsense"], "there is no suite 'nonsense', but semaphore, "),
+        (["--backend", "curio"], "invalid choice: 'curio'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--json", "no/such/folder/new.json"], "there is no such folder"),
+        (["--compare", "no-such-file.json"], "no-such-file.json"),
+        (["--compare", __file__], "test_benchmarks.py: "),
+    ],
+)
+def test_wrong_arguments_are_told_of_in_one_line(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, output, told = call(capsys, *arguments)
+    assert (status, output) == (2, "")
+    assert told.count("\n") == 1
+    assert complaint in told
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite(tmp_path: Path, suite: str) -> None:
+    file = tmp_path / "new.json"
+    backend = "all" if suite == "semaphore" else "asyncio"
+    done = run(suite, "--tiny", "--backend", backend, "--json", file)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert suite.upper() in done.stdout
+    found = json.loads(file.read_text("utf-8"))
+    assert {"version", "environment", "effort", "left_out", "rows"} == set(found)
+    assert {"python", "machine", "cores", "packages"} <= set(found["environment"])
+    assert {"aiosync", "anyio"} <= set(found["environment"]["packages"])
+    assert str(ROOT) not in file.read_text("utf-8") + done.stdout
+    assert {row["suite"] for row in found["rows"]} == {suite}
+    for row in found["rows"]:
+        # Nothing to compare with, if peers are not installed; but then that has been said.
+        assert all(sample > 0 for samples in row["samples"].values() for sample in samples)
+        for comparison in row["comparisons"]:
+            assert comparison["low"] <= comparison["ratio"] <= comparison["high"]
+            assert comparison["peer"] in row["samples"]
+    assert any(row["comparisons"] for row in found["rows"]) or found["left_out"]
+    if suite == "semaphore":
+        assert {row["backend"] for row in found["rows"]} == {"asyncio", "uvloop", "trio"}
+
+
+def test_peers_that_are_missing_are_named_and_left_out(tmp_path: Path) -> None:
+    for module in ("aiologic", "uvloop"):
+        tmp_path.joinpath(f"{module}.py").write_text(
+            f"raise ModuleNotFoundError('no {module} here')", encoding="utf-8"
+        )
+    file = tmp_path / "new.json"
+    done = run("barrier", "--tiny", "--json", file, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("aiologic.Barrier is left out: no aiologic here\n") == 1
+    assert "uvloop is left out: no uvloop here\n" in done.stdout
+    assert "aiologic.Barrier" in json.loads(file.read_text("utf-8"))["left_out"]
+
+
+def test_a_peer_that_fails_is_left_out(tmp_path: Path) -> None:
+    tmp_path.joinpath("aiologic.py").write_text("Barrier = None", encoding="utf-8")
+    done = run("barrier", "--tiny", "--backend", "trio", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "aiologic.Barrier is left out: it fails with TypeError" in done.stdout
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peer = "anyio.Semaphore"
+    old = write(
+        tmp_path / "old.json",
+        outcome("the same", [1.0, 1.1, 1.2], peer, [2.0, 2.1, 2.2]),
+        outcome("faster", [2.0, 2.1, 2.2], peer, [2.0, 2.1, 2.2]),
+        outcome("gone", [1.0], peer, [7.0]),
+    )
+    new = write(
+        tmp_path / "new.json",
+        outcome("the same", [1.0, 1.1, 1.2], peer, [2.0, 2.2, 2.3]),
+        outcome("faster", [0.5, 0.5, 0.5], peer, [2.0, 2.0, 2.2]),
+        outcome("new", [1.0], peer, [5.0]),
+    )
+    status, output, complaint = call(capsys, "--replay", new, "--compare", old)
+    assert (status, complaint) == (0, "")
+    lines = [line.split() for line in output.splitlines()[-4:]]
+    title = ["semaphore", "asyncio:"]
+    assert lines == [
+        ["1.91x", "2.00x", "overlap", *title, "the", "same", "/", peer],
+        ["1.00x", "4.00x", "APART", *title, "faster", "/", peer],
+        ["-", "5.00x", *title, "new", "/", peer],
+        ["7.00x", "-", *title, "gone", "/", peer],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("peer_takes", "status", "verdict"),
+    [
+        ([3.0, 3.0, 3.0], 0, "3.00  met"),
+        ([1.15, 1.15, 1.15], 1, "1.15  SHORT by 50%"),
+        ([2.2, 2.2, 2.4], 1, "2.20  SHORT by 4%, within the noise"),
+    ],
+)
+def test_check(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    peer_takes: list[float],
+    status: int,
+    verdict: str,
+) -> None:
+    work, peer = "free permit, fast_acquire", "asyncio.Semaphore"
+    row = outcome(work, [1.0, 1.0, 1.0], peer, peer_takes)
+    file = write(tmp_path / "new.json", row)
+    found, output, complaint = call(capsys, "--replay", file, "--check")
+    assert (found, complaint) == (status, "")
+    judged = [line for line in output.splitlines() if line.endswith(verdict)]
+    assert len(judged) == 1
+    assert work in judged[0]
+    assert peer in judged[0]
+    unknown = [line for line in output.splitlines() if line.endswith("not measured")]
+    assert any("barrier" in line and "aiologic.Barrier" in line for line in unknown)
+
+
+def test_every_target_is_one_of_what_is_measured() -> None:
+    keys = {
+        Key(row.suite, row.backend, row.work, row.size, contender.name)
+        for suite in SUITES.values()
+        for backend in ("", "asyncio", "trio")
+        for row in suite.rows(backend, EFFORTS["full"])
+        for contender in row.contenders
+    }
+    assert {target.key for target in TARGETS} <= keys
+
+
+def test_without_matplotlib_there_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, output, complaint = call(capsys, "--plot", tmp_path / "figures")
+    assert (status, output) == (2, "")
+    assert complaint.count("\n") == 1
+    assert "--plot needs matplotlib: " in complaint
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="matplotlib is not installed")
+def test_plot(tmp_path: Path) -> None:
+    line = {**outcome("grant", [1.0, 1.1], "anyio.Semaphore", [2.0, 2.2], "scale"), "size": 10}
+    bar = outcome("free permit", [1.0, 1.1], "anyio.Semaphore", [2.0, 2.2])
+    done = run("--replay", write(tmp_path / "new.json", line, bar), "--plot", tmp_path / "figures")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {
+        f"{suite}.{kind}" for suite in ("scale", "semaphore") for kind in ("svg", "png")
+    }
+    assert all(file.stat().st_size > 1000 for file in (tmp_path / "figures").iterdir())
