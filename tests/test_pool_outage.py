@@ -185,9 +185,11 @@ class TestWhoWaitsWhileConnectingFails:
                 assert now() - began == pytest.approx(3, abs=EXACT)
                 cause = info.value.__cause__
                 assert isinstance(cause, ConnectionRefusedError)
-                assert str(cause) == f"attempt {len(server.attempts)}"  # the last one
+                # The last one; another may be under way.
+                failed = info.value.stats["connections_errors"]
+                assert str(cause) == f"attempt {failed}"
+                assert 2 < failed >= len(server.attempts) - 1
                 assert info.value.stats["timeouts"] == 1
-                assert info.value.stats["connections_errors"] == len(server.attempts) > 2
                 assert info.value.stats["requests_waiting"] == 0
 
         run(main)
