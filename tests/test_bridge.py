@@ -26,14 +26,12 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
+from helpers import PATIENCE, Aim, InThread, spin_until, until, until_async, wait_for_moment
 
 import aiosync
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore, as_threading
 
 pytestmark = pytest.mark.anyio
-
-# How long something may take that happens at once unless it never happens.
-PATIENCE = 20.0
 
 # How often a timeout and a grant race for one waiter, for each kind of waiter.
 RACES = 10_000
@@ -44,54 +42,6 @@ both_semaphores = pytest.mark.parametrize("new", [Semaphore, BoundedSemaphore])
 LOOPS: dict[str, tuple[str, dict[str, Any]]] = {"asyncio": ("asyncio", {}), "trio": ("trio", {})}
 if importlib.util.find_spec("uvloop") is not None:
     LOOPS["uvloop"] = ("asyncio", {"use_uvloop": True})
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Block until `condition` is true, and fail if that takes too long."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.0005)
-
-
-def spin_until(condition: Callable[[], object]) -> None:
-    """Do the same, and notice it as soon as possible."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-
-
-async def until_true(condition: Callable[[], object]) -> None:
-    """Do the same, but let the event loop run."""
-    with anyio.fail_after(PATIENCE):
-        while not condition():
-            await anyio.sleep(0.0005)
-
-
-class InThread:
-    """A call in a thread of its own."""
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        self._call = call
-        self._result: object = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._result = self._call()
-        except BaseException as error:
-            self._error = error
-
-    def done(self) -> bool:
-        return not self._thread.is_alive()
-
-    def result(self) -> object:
-        """Wait for the end, and return what the call returned or the exception it raised."""
-        self._thread.join(PATIENCE)
-        assert self.done(), "the thread hangs"
-        return self._result if self._error is None else self._error
 
 
 class InLoop:
@@ -470,9 +420,9 @@ async def test_release_by_a_thread_wakes_a_task(new: type[Semaphore]) -> None:
 
     async with anyio.create_task_group() as tg:
         tg.start_soon(wait)
-        await until_true(lambda: waiting(semaphore) == 1)
+        await until_async(lambda: waiting(semaphore) == 1)
         thread = InThread(view.release)
-        await until_true(lambda: results)
+        await until_async(lambda: results)
     assert thread.result() is None
     assert results == [True]
     assert semaphore.value == 0
@@ -484,10 +434,10 @@ async def test_release_by_a_task_wakes_a_thread(new: type[Semaphore]) -> None:
     view = as_threading(semaphore)
     await semaphore.acquire()
     waiter = InThread(view.acquire)
-    await until_true(lambda: waiting(semaphore) == 1)
+    await until_async(lambda: waiting(semaphore) == 1)
     assert not waiter.done()
     semaphore.release()
-    await until_true(waiter.done)
+    await until_async(waiter.done)
     assert waiter.result() is True
     assert semaphore.value == 0
 
@@ -768,7 +718,7 @@ class TestOnTheThreadOfARunningLoop:
             assert not isinstance(e.value, threading.BrokenBarrierError)
         assert (barrier.n_waiting, barrier.broken) == (0, False)
         party = InThread(view.wait)
-        await until_true(lambda: barrier.n_waiting == 1)
+        await until_async(lambda: barrier.n_waiting == 1)
         assert await barrier.wait() == 1
         assert party.result() == 0
 
@@ -776,7 +726,7 @@ class TestOnTheThreadOfARunningLoop:
         barrier = Barrier(2)
         view = as_threading(barrier)
         party = InThread(view.wait)
-        await until_true(lambda: barrier.n_waiting == 1)
+        await until_async(lambda: barrier.n_waiting == 1)
         assert view.wait() == 1
         assert party.result() == 0
         assert as_threading(Barrier(1)).wait() == 0
@@ -864,9 +814,9 @@ async def test_threads_of_a_pool_and_tasks_share_permits() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(work) for _ in range(4)]
-        await until_true(lambda: waiting(semaphore) == 2)
+        await until_async(lambda: waiting(semaphore) == 2)
         semaphore.release(2)
-        await until_true(lambda: all(future.done() for future in futures))
+        await until_async(lambda: all(future.done() for future in futures))
         assert [future.result(0) for future in futures] == [True] * 4
         pool.submit(view.release, 2).result(PATIENCE)
     assert await semaphore.acquire(timeout=0)
@@ -882,7 +832,7 @@ def test_a_thread_outlives_the_loop_that_started_it(anyio_backend: Any) -> None:
     async def main() -> None:
         jobs.append(InThread(view.acquire))
         jobs.append(InThread(barrier_view.wait))
-        await until_true(lambda: waiting(semaphore) == barrier.n_waiting == 1)
+        await until_async(lambda: waiting(semaphore) == barrier.n_waiting == 1)
 
     backend, options = anyio_backend
     anyio.run(main, backend=backend, backend_options=options)
@@ -898,9 +848,9 @@ def test_a_thread_waits_while_one_loop_after_another_serves_it(anyio_backend: An
     thread = InThread(lambda: [view.acquire(timeout=PATIENCE) for _ in range(3)])
 
     async def main() -> None:
-        await until_true(lambda: waiting(semaphore) == 1)
+        await until_async(lambda: waiting(semaphore) == 1)
         semaphore.release()
-        await until_true(lambda: semaphore.value == 0)
+        await until_async(lambda: semaphore.value == 0)
 
     backend, options = anyio_backend
     for _ in range(3):
@@ -1105,31 +1055,6 @@ def test_a_wait_interrupted_as_the_last_to_arrive_lets_nobody_wait_for_ever() ->
 
 
 # --- Told no, holds nothing ---
-
-
-class Aim:
-    """Finds out when to release so that the timeout and the grant are at the same time."""
-
-    def __init__(self, timeout: float, step: float = 2e-6) -> None:
-        self._rng = random.Random(0)
-        self._timeout = timeout
-        self._step = step
-        self._offset = 0.0
-        self.outcomes = [0, 0]
-
-    def moment(self, start: float) -> float:
-        return start + self._timeout + self._offset + self._rng.uniform(-2e-5, 2e-5)
-
-    def learn(self, granted: int, of: int = 1) -> None:
-        self.outcomes[True] += granted
-        self.outcomes[False] += of - granted
-        # Later if it was granted, earlier if not.
-        self._offset += self._step * (2 * granted - of) / of
-
-
-def wait_for_moment(moment: float) -> None:
-    while time.perf_counter() < moment:
-        pass
 
 
 @both_semaphores

@@ -12,24 +12,17 @@ from typing import Any
 import anyio
 import pytest
 from anyio import create_task_group, wait_all_tasks_blocked
+from helpers import PATIENCE, until_async
 
 from aiosync import _legacy, from_threading
 
 pytestmark = pytest.mark.anyio
 
-PATIENCE = 20.0
 HELPER = "aiosync.from_threading"
 
 
 def helpers() -> int:
     return sum(thread.name == HELPER for thread in threading.enumerate())
-
-
-async def until(condition: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        await anyio.sleep(0.001)
 
 
 async def test_what_a_foreign_object_raises_is_raised_by_those_who_wait_for_it() -> None:
@@ -50,7 +43,7 @@ async def test_what_a_foreign_object_raises_is_raised_by_those_who_wait_for_it()
     semaphore.broken = False
     semaphore.release()
     assert await view.acquire() is True
-    await until(lambda: helpers() == 0)
+    await until_async(lambda: helpers() == 0)
 
 
 async def test_a_helper_that_can_not_be_started_is_an_error_and_no_hang(
@@ -86,7 +79,7 @@ async def test_an_event_that_is_set_for_an_instant_lets_all_go_who_wait() -> Non
             group.start_soon(wait)
         await wait_all_tasks_blocked()
         # The helper waits inside the event: only then has anybody waited for it at all.
-        await until(lambda: event._cond._waiters)  # type: ignore[attr-defined]
+        await until_async(lambda: event._cond._waiters)  # type: ignore[attr-defined]
         event.set()
         event.clear()
     assert results == [True] * 5
@@ -98,7 +91,7 @@ async def test_a_wait_for_an_event_that_ends_leaves_no_trace() -> None:
     for _ in range(20):
         assert await view.wait(0.001) is False
     assert view._vigil is None or view._vigil.sleepers == {}
-    await until(lambda: helpers() == 0)
+    await until_async(lambda: helpers() == 0)
     event.set()
     assert await view.wait() is True
 
@@ -113,12 +106,12 @@ async def test_a_long_action_of_a_barrier_does_not_freeze_the_loop_of_a_cancelle
     barrier = threading.Barrier(1, action)
     async with create_task_group() as group:
         group.start_soon(from_threading(barrier).wait)
-        await until(acting.is_set)
+        await until_async(acting.is_set)
         group.cancel_scope.cancel()
         with anyio.CancelScope(shield=True):
             await anyio.sleep(0.01)  # the loop goes on
             proceed.set()
-    await until(lambda: helpers() == 0)
+    await until_async(lambda: helpers() == 0)
 
 
 def test_a_coroutine_closed_after_its_party_has_passed_does_not_break_the_next_round() -> None:

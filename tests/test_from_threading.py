@@ -19,14 +19,12 @@ import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
+from helpers import PATIENCE, Aim, InThread, until, until_async, wait_for_moment
 
 import aiosync
 from aiosync import _legacy, from_threading
 
 pytestmark = pytest.mark.anyio
-
-# How long something may take that happens at once unless it never happens.
-PATIENCE = 20.0
 
 # The name of all threads that are started here.
 HELPER = "aiosync.from_threading"
@@ -45,21 +43,6 @@ def taken(owned: Any) -> Any:
     return owned
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Block until `condition` is true, and fail if that takes too long."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.0005)
-
-
-async def until_true(condition: Callable[[], object]) -> None:
-    """Do the same, but let the event loop run."""
-    with anyio.fail_after(PATIENCE):
-        while not condition():
-            await anyio.sleep(0.0005)
-
-
 def helpers() -> int:
     return sum(thread.name == HELPER for thread in threading.enumerate())
 
@@ -69,32 +52,6 @@ def no_helper_remains() -> Iterator[None]:
     """After each test no thread of ours is left; a test that leaves an event unset sets it."""
     yield
     until(lambda: not helpers())
-
-
-class InThread:
-    """A call in a thread of its own."""
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        self._call = call
-        self._result: object = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._result = self._call()
-        except BaseException as error:
-            self._error = error
-
-    def done(self) -> bool:
-        return not self._thread.is_alive()
-
-    def result(self) -> object:
-        """Wait for the end, and return what the call returned or the exception it raised."""
-        self._thread.join(PATIENCE)
-        assert self.done(), "the thread hangs"
-        return self._result if self._error is None else self._error
 
 
 class Call:
@@ -130,7 +87,7 @@ async def park(tg: Any, view: Any, *calls: Call) -> None:
     for call in calls:
         before = line(view)
         tg.start_soon(call)
-        await until_true(lambda: line(view) == before + 1)  # noqa: B023
+        await until_async(lambda: line(view) == before + 1)  # noqa: B023
 
 
 def assert_one_permit(owned: Any) -> None:
@@ -262,7 +219,7 @@ class TestAcquire:
         view: Any = from_threading(owned)
         thread = InThread(lambda: owned.acquire(timeout=PATIENCE))
         view.release()
-        await until_true(thread.done)
+        await until_async(thread.done)
         assert thread.result() is True
         assert not owned.acquire(blocking=False)
 
@@ -284,9 +241,9 @@ class TestAcquire:
     ) -> None:
         owned = new()
         view: Any = from_threading(owned)
-        for number in range(20):
+        for number in range(10):
             before = time.monotonic()
-            timeout = number * 0.002 + 0.001
+            timeout = number * 0.004 + 0.001
             assert await view.acquire(timeout=timeout) is False
             assert timeout * 0.9 < time.monotonic() - before < PATIENCE
             owned.release()
@@ -316,7 +273,7 @@ class TestAcquire:
                 assert [call.done for call in calls] == [True] * served + [False] * (10 - served)
                 assert await view.acquire(blocking=False) is False
                 owned.release()
-                await until_true(lambda: call.done)  # noqa: B023
+                await until_async(lambda: call.done)  # noqa: B023
         assert [call.outcome for call in calls] == [True] * 10
         assert not owned.acquire(blocking=False)
 
@@ -357,14 +314,14 @@ class TestAcquire:
         owned = new()
         view: Any = from_threading(owned)
         rng = random.Random(0)
-        for number in range(40):
+        for number in range(16):
             timeout = PATIENCE if number % 2 else None
             call = Call(lambda: view.acquire(timeout=timeout))  # noqa: B023
             async with anyio.create_task_group() as tg:
                 await park(tg, view, call)
                 await anyio.sleep(rng.uniform(0, 0.03))
                 call.scope.cancel()
-                await until_true(lambda: call.done)  # noqa: B023
+                await until_async(lambda: call.done)  # noqa: B023
                 # At once, in the same step.
                 owned.release()
                 assert_one_permit(owned)
@@ -385,7 +342,7 @@ class TestAcquire:
                 until(lambda: not line(view))
                 thread = InThread(lambda: owned.acquire(timeout=PATIENCE))
                 call.scope.cancel()
-                await until_true(thread.done)
+                await until_async(thread.done)
             assert call.cancelled
             assert thread.result() is True
             assert not owned.acquire(blocking=False)
@@ -414,9 +371,9 @@ class TestAcquire:
         async with anyio.create_task_group() as tg:
             await park(tg, view, *calls)
             calls[0].scope.cancel()
-            await until_true(lambda: calls[0].done)
+            await until_async(lambda: calls[0].done)
             owned.release()
-            await until_true(lambda: calls[1].done)
+            await until_async(lambda: calls[1].done)
             assert not calls[2].done
             owned.release()
         assert [call.outcome for call in calls] == [None, True, True]
@@ -427,23 +384,25 @@ class TestAcquire:
     ) -> None:
         owned = new()
         view: Any = from_threading(owned)
-        rng = random.Random(0)
-        outcomes = [0, 0]
-        offset = 0.0
+        timeout = 0.005
+        aim = Aim(timeout, 1e-4)
+
+        def release_at(moment: float) -> None:
+            wait_for_moment(moment, lambda: time.sleep(0))
+            owned.release()
+
         for _ in range(60):
-            timeout = 0.01
-            call = Call(lambda: view.acquire(timeout=timeout))  # noqa: B023
+            call = Call(lambda: view.acquire(timeout=timeout))
             async with anyio.create_task_group() as tg:
                 start = time.perf_counter()
                 await park(tg, view, call)
-                moment = start + timeout + offset + rng.uniform(-5e-4, 5e-4)
-                release = InThread(lambda: release_at(owned, moment))  # noqa: B023
+                moment = aim.moment(start)
+                release = InThread(lambda: release_at(moment))  # noqa: B023
             assert release.result() is None
             # One permit, and it is here or there.
             assert owned.acquire(blocking=False) is (call.outcome is False)
-            outcomes[call.outcome is True] += 1
-            offset += 2e-4 if call.outcome else -2e-4
-        assert min(outcomes) >= 3
+            aim.learn(call.outcome is True)
+        assert min(aim.outcomes) >= 3
 
     async def test_threads_and_tasks_exclude_each_other(self, new: Callable[[], Any]) -> None:
         owned = new()
@@ -480,7 +439,7 @@ class TestAcquire:
         async with anyio.create_task_group() as tg:
             for _ in range(3):
                 tg.start_soon(in_task)
-        await until_true(lambda: all(thread.done() for thread in threads))
+        await until_async(lambda: all(thread.done() for thread in threads))
         assert [thread.result() for thread in threads] == [None] * 3
         assert most == 1
         assert_one_permit(owned)
@@ -518,7 +477,7 @@ class TestAcquire:
         async def main() -> None:
             for number in range(20):
                 task = asyncio.create_task(view.acquire())
-                await until_true(lambda: line(view) == 1)
+                await until_async(lambda: line(view) == 1)
                 await asyncio.sleep(number * 0.0015)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -536,7 +495,7 @@ class TestAcquire:
 
         async def main() -> None:
             task = asyncio.create_task(view.acquire())
-            await until_true(lambda: line(view) == 1)
+            await until_async(lambda: line(view) == 1)
             owned.release()
             until(lambda: not line(view))
             # Now the loop rings the bell, and the task is cancelled before it runs.
@@ -609,12 +568,6 @@ class TestAcquire:
         assert call.outcome is True
 
 
-def release_at(owned: Any, moment: float) -> None:
-    while time.perf_counter() < moment:
-        time.sleep(0)
-    owned.release()
-
-
 class Watched(threading.Semaphore):
     """A semaphore that knows how many threads block in it."""
 
@@ -638,10 +591,10 @@ async def test_no_helper_is_inside_when_a_cancelled_or_timed_out_call_returns() 
         call = Call(lambda: view.acquire(timeout=timeout))  # noqa: B023
         async with anyio.create_task_group() as tg:
             tg.start_soon(call)
-            await until_true(lambda: owned.inside == 1 or call.done)  # noqa: B023
+            await until_async(lambda: owned.inside == 1 or call.done)  # noqa: B023
             if timeout is None:
                 call.scope.cancel()
-            await until_true(lambda: call.done)  # noqa: B023
+            await until_async(lambda: call.done)  # noqa: B023
             assert owned.inside == 0
         assert call.cancelled is (timeout is None)
 
@@ -656,11 +609,11 @@ def test_no_helper_is_inside_when_a_call_returns_that_was_natively_cancelled_onc
     async def main() -> None:
         for _ in range(10):
             task = asyncio.create_task(view.acquire(timeout=timeout))
-            await until_true(lambda: owned.inside == 1 or task.done())  # noqa: B023
+            await until_async(lambda: owned.inside == 1 or task.done())  # noqa: B023
             if timeout is None:
                 task.cancel()
             # It waits for the helper to come out now.
-            await until_true(lambda: line(view) == 0)
+            await until_async(lambda: line(view) == 0)
             for _ in range(5):
                 task.cancel()
                 await asyncio.sleep(0)
@@ -681,7 +634,7 @@ async def test_release_of_several_passes_through_and_wakes_tasks_and_threads() -
         threads = [InThread(lambda: owned.acquire(timeout=PATIENCE)) for _ in range(3)]
         view.release(4)
         view.release(n=2)
-    await until_true(lambda: all(thread.done() for thread in threads))
+    await until_async(lambda: all(thread.done() for thread in threads))
     assert [thread.result() for thread in threads] == [True] * 3
     assert [call.outcome for call in calls] == [True] * 3
     assert not owned.acquire(blocking=False)
@@ -783,9 +736,9 @@ async def test_an_error_of_the_object_that_nobody_waits_for_is_dropped() -> None
     call = Call(view.acquire)
     async with anyio.create_task_group() as tg:
         tg.start_soon(call)
-        await until_true(lambda: owned.inside)
+        await until_async(lambda: owned.inside)
         call.scope.cancel()
-        await until_true(lambda: line(view) == 0)
+        await until_async(lambda: line(view) == 0)
         gate.set()
     assert call.cancelled
     owned.release()
@@ -853,7 +806,7 @@ class TestEvent:
                 tg.start_soon(call)
             await anyio.wait_all_tasks_blocked()
             # The helper is in the event as well as a thread would be.
-            await until_true(lambda: owned._cond._waiters)  # type: ignore[attr-defined]
+            await until_async(lambda: owned._cond._waiters)  # type: ignore[attr-defined]
             owned.set()
             owned.clear()
         assert [call.outcome for call in calls] == [True] * 10
@@ -875,7 +828,7 @@ class TestEvent:
             async with anyio.create_task_group() as tg:
                 tg.start_soon(call)
                 tg.start_soon(other)
-                await until_true(lambda: other.done)  # noqa: B023
+                await until_async(lambda: other.done)  # noqa: B023
                 owned.set()
             assert call.outcome is True
 
@@ -905,7 +858,7 @@ class TestEvent:
                 tg.start_soon(call)
             await anyio.wait_all_tasks_blocked()
             calls[1].scope.cancel()
-            await until_true(lambda: calls[1].done)
+            await until_async(lambda: calls[1].done)
             assert [call.done for call in calls] == [False, True, False]
             owned.set()
         assert [call.outcome for call in calls] == [True, None, True]
@@ -930,7 +883,7 @@ class TestEvent:
         owned = threading.Event()
         view = from_threading(owned)
         assert await view.wait(0.05) is False
-        await until_true(lambda: not helpers())
+        await until_async(lambda: not helpers())
         assert not owned.is_set()
         call = Call(view.wait)
         async with anyio.create_task_group() as tg:
@@ -974,7 +927,7 @@ async def arrive(tg: Any, owned: threading.Barrier, *calls: Call) -> None:
     for call in calls:
         before = owned.n_waiting
         tg.start_soon(call)
-        await until_true(lambda: call.done or owned.n_waiting == before + 1)  # noqa: B023
+        await until_async(lambda: call.done or owned.n_waiting == before + 1)  # noqa: B023
 
 
 class TestBarrier:
@@ -998,7 +951,7 @@ class TestBarrier:
         async with anyio.create_task_group() as tg:
             for _ in range(3):
                 tg.start_soon(in_task)
-        await until_true(lambda: all(thread.done() for thread in threads))
+        await until_async(lambda: all(thread.done() for thread in threads))
         assert sorted(indices) == sorted([*range(6)] * 10)
         assert len(actions) == 10
 
@@ -1027,7 +980,7 @@ class TestBarrier:
             async with anyio.create_task_group() as tg:
                 for call in calls[1:]:
                     tg.start_soon(call)
-                await until_true(lambda: owned.n_waiting == 49)
+                await until_async(lambda: owned.n_waiting == 49)
                 assert limiter.borrowed_tokens == 0
                 assert await anyio.to_thread.run_sync(lambda: 5) == 5
                 tg.start_soon(calls[0])
@@ -1041,7 +994,7 @@ class TestBarrier:
         owned = threading.Barrier(4)
         view = from_threading(owned)
         thread = InThread(owned.wait)
-        await until_true(lambda: owned.n_waiting == 1)
+        await until_async(lambda: owned.n_waiting == 1)
         patient = Call(view.wait)
         async with anyio.create_task_group() as tg:
             await arrive(tg, owned, patient)
@@ -1100,12 +1053,12 @@ class TestBarrier:
             owned = threading.Barrier(4)
             view = from_threading(owned)
             thread = InThread(owned.wait)
-            await until_true(lambda: owned.n_waiting == 1)  # noqa: B023
+            await until_async(lambda: owned.n_waiting == 1)  # noqa: B023
             calls = [Call(view.wait), Call(lambda: view.wait(PATIENCE))]  # noqa: B023
             async with anyio.create_task_group() as tg:
                 await arrive(tg, owned, *calls)
                 calls[1].scope.cancel()
-                await until_true(lambda: calls[1].done)  # noqa: B023
+                await until_async(lambda: calls[1].done)  # noqa: B023
                 # Its thread has come out already.
                 assert owned.broken
             assert calls[1].cancelled
@@ -1118,7 +1071,7 @@ class TestBarrier:
 
         async def main() -> None:
             task = asyncio.create_task(from_threading(owned).wait())
-            await until_true(lambda: owned.n_waiting == 1)
+            await until_async(lambda: owned.n_waiting == 1)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -1144,7 +1097,7 @@ class TestBarrier:
             tg.start_soon(call)
             await anyio.wait_all_tasks_blocked()
             call.scope.cancel()
-            await until_true(lambda: owned.broken)
+            await until_async(lambda: owned.broken)
             assert not call.done
             # Even if somebody makes the barrier as new in the meantime.
             owned.reset()
@@ -1164,7 +1117,7 @@ class TestBarrier:
         call = Call(view.wait)
         async with anyio.create_task_group() as tg:
             tg.start_soon(call)
-            await until_true(acting.is_set)
+            await until_async(acting.is_set)
             call.scope.cancel()
             for _ in range(10):
                 await anyio.sleep(0.001)
@@ -1184,7 +1137,7 @@ class TestBarrier:
             await arrive(tg, owned, call)
             monkeypatch.setattr(threading.Thread, "start", start)
             call.scope.cancel()
-            await until_true(lambda: call.done)
+            await until_async(lambda: call.done)
         assert call.cancelled
         assert (owned.broken, owned.n_waiting) == (True, 0)
 

@@ -21,6 +21,7 @@ import anyio.lowlevel
 import pytest
 import trio
 import trio.testing
+from helpers import PATIENCE, until
 
 import aiosync
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 S = TypeVar("S", Semaphore, Barrier)
-
-# How long something may take that happens at once unless it never happens.
-PATIENCE = 20.0
 
 # The same, if the test goes on and says what was wrong.
 SHORT_PATIENCE = 5.0
@@ -50,14 +48,6 @@ every_loop = pytest.mark.parametrize("loop", list(LOOPS))
 def run_under(loop: str, function: Callable[[], Awaitable[T]]) -> T:
     backend, options = LOOPS[loop]
     return anyio.run(function, backend=backend, backend_options=options)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait until `condition` is true, and fail if that takes too long."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.0005)
 
 
 def until_main_thread_rests() -> None:

@@ -8,7 +8,6 @@ import gc
 import importlib.util
 import sys
 import threading
-import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -17,6 +16,7 @@ import anyio.lowlevel
 import pytest
 import trio
 import trio.testing
+from helpers import PATIENCE, until
 
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore
 from aiosync._park import run_in_thread
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
 T = TypeVar("T")
-
-# How long something may take that happens at once unless it never happens.
-PATIENCE = 20.0
 
 
 def uvloop_loop() -> asyncio.AbstractEventLoop:
@@ -54,14 +51,6 @@ def loop(
     loop = new_loop()
     yield loop
     loop.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait until `condition` is true, and fail if that takes too long."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.0005)
 
 
 class InThread(Generic[T]):

@@ -19,6 +19,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import trio
+from helpers import PATIENCE, until
 
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore
 from aiosync._park import run_in_thread
@@ -29,19 +30,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 S = TypeVar("S", Semaphore, Barrier)
 
-# How long something may take that happens at once unless it never happens.
-PATIENCE = 20.0
-
 # How long a storm lasts.
 STORM = 1.2
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait until `condition` is true, and fail if that takes too long."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.0005)
 
 
 class Job(Generic[T]):

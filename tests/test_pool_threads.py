@@ -22,6 +22,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 import trio
+from helpers import PATIENCE, until, until_async
 
 from aiosync import (
     ConnectionPool,
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
-
-# How long something may take that happens at once unless it never happens.
-PATIENCE = 20.0
 
 BACKENDS = ["asyncio", "trio"]
 
@@ -125,22 +123,6 @@ def start(work: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait until `condition` is true, and fail if that takes too long."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.0005)
-
-
-async def until_async(condition: Callable[[], bool]) -> None:
-    """Do the same, but let the other tasks run meanwhile."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        await anyio.sleep(0.0005)
 
 
 async def result(future: Future[T]) -> T:
