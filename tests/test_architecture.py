@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,14 @@ def test_every_public_name_is_documented(name: str) -> None:
     for attribute, value in getattr(found, "__dict__", {}).items():
         if not attribute.startswith("_") and (callable(value) or isinstance(value, property)):
             assert value.__doc__, f"{name}.{attribute} has no docstring"
+
+
+def test_the_options_that_type_checkers_know_are_those_of_the_pool() -> None:
+    options: dict[str, str] = {}
+    for node in ast.walk(ast.parse((SOURCE / "_pool" / "_settings.py").read_text("utf-8"))):
+        if isinstance(node, ast.ClassDef) and node.name in {"CommonOptions", "PoolOptions"}:
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign):
+                    options[ast.unparse(field.target)] = ast.unparse(field.annotation)
+    _, _, *parameters = inspect.signature(aiosync.ConnectionPool.__init__).parameters.values()
+    assert options == {parameter.name: parameter.annotation for parameter in parameters}

@@ -752,7 +752,7 @@ class Idle:
         self.record = self.make("connection")
         self.got: list[object] = []
 
-    def keeper(self) -> None:
+    def keeper(self, _: object = None) -> None:
         self.calls.append((self.queue.idle(), self.queue.shut is not None))
 
     @staticmethod

@@ -18,7 +18,8 @@ from aiosync._handoff import HandoffQueue, new_claim
 from aiosync._park import ThreadSleeper
 from aiosync._pool import _face
 from aiosync._pool._idle import IdleQueue
-from aiosync._pool._keeper import describe
+from aiosync._pool._keeper import Keeper
+from aiosync._pool._ledger import describe
 from aiosync._pool._records import ALWAYS, Failure, Record
 
 
@@ -34,10 +35,12 @@ def failure() -> Failure:
     return Failure(lambda: PoolClosed("closed"))
 
 
-def idle_queue(calls: list[str] | None = None) -> IdleQueue[Connection]:
-    """Return an open queue; `calls` gets an entry each time that it calls its keeper."""
+def idle_queue(calls: list[Any] | None = None) -> IdleQueue[Connection]:
+    """Return an open queue; `calls` gets the arguments each time that it calls its keeper."""
     found = [] if calls is None else calls
-    queue: IdleQueue[Connection] = IdleQueue(True, ALWAYS, failure(), lambda: found.append("call"))
+    queue: IdleQueue[Connection] = IdleQueue(
+        True, ALWAYS, failure(), lambda *args: found.append(args)
+    )
     queue.open()
     return queue
 
@@ -79,13 +82,13 @@ class TestTheQueue:
         assert not queue.items
 
     def test_what_was_retired_on_its_way_goes_to_the_keeper(self) -> None:
-        calls: list[str] = []
+        calls: list[Any] = []
         queue = idle_queue(calls)
         old = record()
         old.retire("drain")
         queue.put(old)
-        assert list(queue.dormant) == [old]
-        assert calls == ["call"]
+        assert queue.idle() == 0
+        assert calls == [(old,)]
 
     def test_the_keeper_takes_the_last_dormant_one(self) -> None:
         queue = idle_queue()
@@ -167,6 +170,32 @@ class TestTheKeeper:
                         pool.release(await pool.acquire(0))
                         await anyio.sleep(0)
         assert [connection.closings for connection in made] == [1, 1]
+
+    async def test_a_reset_does_not_make_the_keeper_look_at_all_connections(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        resets: list[Connection] = []
+        looks: list[float] = []
+        genuine = Keeper._look_at_all
+
+        def look_at_all(keeper: Keeper[Any], now: float) -> None:
+            looks.append(now)
+            genuine(keeper, now)
+
+        monkeypatch.setattr(Keeper, "_look_at_all", look_at_all)
+        async with ConnectionPool(Connection, reset=resets.append, min_size=2) as pool:
+            await pool.wait()
+            await anyio.wait_all_tasks_blocked()
+            looks.clear()
+            for number in range(10):
+                async with pool.connection():
+                    pass
+                while len(resets) == number:
+                    await anyio.sleep(0)
+            assert not looks
+            await pool.drain()
+            await anyio.wait_all_tasks_blocked()
+            assert looks
 
     async def test_an_error_that_can_not_be_shown_is_named(self) -> None:
         class Shy(Exception):

@@ -26,7 +26,7 @@ from contextlib import suppress
 from functools import partial
 from os import fspath
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qs
 from weakref import WeakKeyDictionary
 
@@ -54,37 +54,9 @@ if TYPE_CHECKING:
     import asyncpg
     import psycopg
     from anyio.abc import SocketStream
-    from typing_extensions import TypedDict
-
-    from ._pool import PoolEvent
-
-    T = TypeVar("T")
-
-    class PoolOptions(TypedDict, Generic[T], total=False):
-        """What `ConnectionPool` takes, but for what a recipe knows. For type checkers only."""
-
-        configure: Callable[[T], object] | None
-        min_size: int
-        max_size: int
-        name: str | None
-        timeout: float | None
-        max_waiting: int
-        max_lifetime: float | None
-        max_idle: float | None
-        lifo: bool
-        check_idle: float | None
-        check_timeout: float | None
-        connect_timeout: float | None
-        close_timeout: float | None
-        max_connecting: int
-        reconnect_timeout: float | None
-        reconnect_failed: Callable[[ConnectionPool[T]], object] | None
-        fail_fast: bool
-        leak_timeout: float | None
-        on_event: Callable[[PoolEvent], object] | None
-        fast_acquire: bool
-
     from typing_extensions import Unpack
+
+    from ._pool._settings import CommonOptions
 
 __all__ = ["asyncpg_pool", "psycopg_async_pool", "psycopg_thread_pool", "sqlite_pool", "tcp_pool"]
 
@@ -110,7 +82,7 @@ def sqlite_pool(
     wal: bool = True,
     pragmas: Mapping[str, str | int] | None = None,
     kwargs: Mapping[str, Any] | None = None,
-    **options: Unpack[PoolOptions[sqlite3.Connection]],
+    **options: Unpack[CommonOptions[sqlite3.Connection]],
 ) -> ConnectionPool[sqlite3.Connection]:
     """Return a pool of connections to a SQLite database. Under asyncio and trio.
 
@@ -237,7 +209,7 @@ def asyncpg_pool(
     dsn: str | None = None,
     *,
     kwargs: Mapping[str, Any] | None = None,
-    **options: Unpack[PoolOptions[asyncpg.Connection]],
+    **options: Unpack[CommonOptions[asyncpg.Connection]],
 ) -> ConnectionPool[asyncpg.Connection]:
     """Return a pool of connections to PostgreSQL by asyncpg. Under asyncio only.
 
@@ -283,7 +255,7 @@ def psycopg_async_pool(
     conninfo: str = "",
     *,
     kwargs: Mapping[str, Any] | None = None,
-    **options: Unpack[PoolOptions[psycopg.AsyncConnection[Any]]],
+    **options: Unpack[CommonOptions[psycopg.AsyncConnection[Any]]],
 ) -> ConnectionPool[psycopg.AsyncConnection[Any]]:
     """Return a pool of connections to PostgreSQL by psycopg's AsyncConnection. Under asyncio only.
 
@@ -336,7 +308,7 @@ def psycopg_thread_pool(
     conninfo: str = "",
     *,
     kwargs: Mapping[str, Any] | None = None,
-    **options: Unpack[PoolOptions[psycopg.Connection[Any]]],
+    **options: Unpack[CommonOptions[psycopg.Connection[Any]]],
 ) -> ConnectionPool[psycopg.Connection[Any]]:
     """Return a pool of connections to PostgreSQL by psycopg's Connection. Under asyncio and trio.
 
@@ -420,7 +392,7 @@ def tcp_pool(
     *,
     local_host: str | None = None,
     happy_eyeballs_delay: float = 0.25,
-    **options: Unpack[PoolOptions[SocketStream]],
+    **options: Unpack[CommonOptions[SocketStream]],
 ) -> ConnectionPool[SocketStream]:
     """Return a pool of TCP connections, which are byte streams of anyio. Under asyncio and trio.
 

@@ -42,10 +42,11 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from types import TracebackType
 
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
     from .._park import Sleeper
     from ._records import ConnectionInfo, PoolEvent
+    from ._settings import PoolOptions
 
 T = TypeVar("T")
 
@@ -142,65 +143,13 @@ class ConnectionPool(NotCopied, Generic[T]):
         "_where",
     )
 
+    # What `connect` returns, or awaits to, is what the pool is of.
     @overload
     def __init__(
-        self,
-        connect: Callable[[], Awaitable[T]],
-        *,
-        close: Callable[[T], object] | None = None,
-        check: Callable[[T], object] | None = None,
-        configure: Callable[[T], object] | None = None,
-        reset: Callable[[T], object] | None = None,
-        min_size: int = 0,
-        max_size: int = 10,
-        name: str | None = None,
-        timeout: float | None = 30.0,
-        max_waiting: int = 0,
-        max_lifetime: float | None = 3600.0,
-        max_idle: float | None = 600.0,
-        lifo: bool = True,
-        check_idle: float | None = 0.5,
-        check_timeout: float | None = 5.0,
-        connect_timeout: float | None = None,
-        close_timeout: float | None = 5.0,
-        max_connecting: int = 3,
-        reconnect_timeout: float | None = 300.0,
-        reconnect_failed: Callable[[ConnectionPool[T]], object] | None = None,
-        fail_fast: bool = False,
-        leak_timeout: float | None = None,
-        on_event: Callable[[PoolEvent], object] | None = None,
-        fast_acquire: bool = False,
+        self, connect: Callable[[], Awaitable[T]], **options: Unpack[PoolOptions[T]]
     ) -> None: ...
-
     @overload
-    def __init__(
-        self,
-        connect: Callable[[], T],
-        *,
-        close: Callable[[T], object] | None = None,
-        check: Callable[[T], object] | None = None,
-        configure: Callable[[T], object] | None = None,
-        reset: Callable[[T], object] | None = None,
-        min_size: int = 0,
-        max_size: int = 10,
-        name: str | None = None,
-        timeout: float | None = 30.0,
-        max_waiting: int = 0,
-        max_lifetime: float | None = 3600.0,
-        max_idle: float | None = 600.0,
-        lifo: bool = True,
-        check_idle: float | None = 0.5,
-        check_timeout: float | None = 5.0,
-        connect_timeout: float | None = None,
-        close_timeout: float | None = 5.0,
-        max_connecting: int = 3,
-        reconnect_timeout: float | None = 300.0,
-        reconnect_failed: Callable[[ConnectionPool[T]], object] | None = None,
-        fail_fast: bool = False,
-        leak_timeout: float | None = None,
-        on_event: Callable[[PoolEvent], object] | None = None,
-        fast_acquire: bool = False,
-    ) -> None: ...
+    def __init__(self, connect: Callable[[], T], **options: Unpack[PoolOptions[T]]) -> None: ...
 
     def __init__(
         self,
@@ -355,7 +304,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         for record in keeper.records.values():
             _inherited.append(record.alive())
             record.ref = None
-        self._idle.call_keeper = _nothing
+        self._idle.call_keeper = bool
         self._idle.shut = keeper.closed
         self._line.append(None)
         self._items.clear()
@@ -474,7 +423,7 @@ class ConnectionPool(NotCopied, Generic[T]):
                 found.waited += now - began
                 return self._lend(found, now)
             self._count_wait("requests_errors", began)
-            raise self._keeper.too_late(timeout) if found is None else found.error()
+            raise self._keeper.ledger.too_late(timeout) if found is None else found.error()
         if is_task and not self._fast_acquire:
             try:
                 await checkpoint()
@@ -484,9 +433,9 @@ class ConnectionPool(NotCopied, Generic[T]):
                 raise
         if record is not None:
             return self._lend(record, self._clock())
-        self._keeper.tally.add("requests_errors")
+        self._keeper.ledger.count("requests_errors")
         self._keeper.post(self._keeper.want)
-        raise self._keeper.too_late(timeout)
+        raise self._keeper.ledger.too_late(timeout)
 
     @critical
     def _admit(self, new_sleeper: Callable[[], Sleeper]) -> None:
@@ -496,22 +445,22 @@ class ConnectionPool(NotCopied, Generic[T]):
         """
         keeper = self._keeper
         if keeper.failures and self._settings.fail_fast and not keeper.has_hope():
-            keeper.tally.add("requests_errors")
+            keeper.ledger.count("requests_errors")
             raise keeper.outage.error()
         if new_sleeper is not task_sleeper and has_ended(self._home):
             raise PoolClosed(f"the event loop of {self.name} has ended, without closing the pool")
         if self._places is not None and not self._places.take_or(False):
-            keeper.tally.add("requests_errors")
+            keeper.ledger.count("requests_errors")
             raise TooManyRequests(
                 f"{self._settings.max_waiting} wait for a connection of {self.name} already"
             )
 
     def _count_wait(self, outcome: str, began: float) -> None:
         """Count somebody who waited in vain."""
-        tally = self._keeper.tally
-        tally.add(outcome)
-        tally.add("requests_queued")
-        tally.add("requests_wait_ms", 1000 * (self._clock() - began))
+        count = self._keeper.ledger.count
+        count(outcome)
+        count("requests_queued")
+        count("requests_wait_ms", 1000 * (self._clock() - began))
 
     @critical
     def _undo(self, record: Record[T]) -> None:
@@ -609,7 +558,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         while not keeper.is_ready():
             left = None if timeout is None else timeout - (self._clock() - began)
             if left is not None and left <= 0:
-                raise keeper.too_late(timeout)
+                raise keeper.ledger.too_late(timeout)
             await self._hear(left)
             self._check_open()
 
@@ -691,7 +640,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         record = self._keeper.records.get(id(connection))
         if record is None or record.alive() is not connection:
             raise ValueError(f"this {type(connection).__name__} does not belong to {self.name}")
-        return self._keeper.info(record)
+        return self._keeper.ledger.info(record)
 
     def get_stats(self) -> dict[str, int]:
         """Return figures, by the names of ``psycopg_pool`` and some more.
@@ -704,17 +653,17 @@ class ConnectionPool(NotCopied, Generic[T]):
         ``connections_ms``, ``connections_errors``, ``connections_lost`` (failed `check`),
         ``leaks``, and ``closed_...`` for each reason.
         """
-        return self._stats(self._keeper.counts(), self._popped)
+        return self._stats(self._keeper.ledger.counts(), self._popped)
 
     def pop_stats(self) -> dict[str, int]:
         """Do what `get_stats` does, and let what is counted begin at 0 again."""
-        counts = self._keeper.counts()
+        counts = self._keeper.ledger.counts()
         popped, self._popped = self._popped, counts
         return self._stats(counts, popped)
 
     def _stats(self, counts: dict[str, int], popped: dict[str, int]) -> dict[str, int]:
         return {
-            **self._keeper.gauges(),
+            **self._keeper.ledger.gauges(),
             **{name: count - popped.get(name, 0) for name, count in counts.items()},
         }
 
@@ -726,10 +675,6 @@ class ConnectionPool(NotCopied, Generic[T]):
             f"connections, {self._idle.idle()} idle, {len(self._idle.waiters)} waiting "
             f"at {id(self):#x}>"
         )
-
-
-def _nothing() -> None:
-    pass
 
 
 def _after_fork() -> None:

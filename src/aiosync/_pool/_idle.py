@@ -33,11 +33,12 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
     __slots__ = ("call_keeper", "dormant", "lifo", "max_idle", "room", "shut")
 
     def __init__(
-        self, lifo: bool, max_idle: float, shut: Failure, call_keeper: Callable[[], None]
+        self, lifo: bool, max_idle: float, shut: Failure, call_keeper: Callable[..., object]
     ) -> None:
         super().__init__()
         self.lifo = lifo
         self.max_idle = max_idle
+        # Has the keeper see to who waits; with a connection as its argument, to that as well.
         self.call_keeper = call_keeper
         # Idle as well, but to be checked, or replaced, by the keeper before anybody gets them.
         self.dormant: deque[Record[T]] = deque()
@@ -65,8 +66,7 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
             # Handed over, and not taken. A failure is of no use to others; a connection that was
             # retired meanwhile is the keeper's.
             if isinstance(item, Record):
-                self.dormant.append(item)
-                self.call_keeper()
+                self.call_keeper(item)
             return
         if self.lifo:
             self.items.append(item)
@@ -131,7 +131,7 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
                 record = self.dormant.pop()
             except IndexError:
                 break  # the keeper took it
-            if self.is_spoiled(record, now):
+            if self.spoils_at(record) <= now:
                 spoiled.append(record)
             else:
                 found = record
@@ -140,14 +140,11 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
             self.call_keeper()
         return found
 
-    def is_spoiled(self, record: Record[T], now: float) -> bool:
-        """Tell whether an idle connection may not be handed out any more, checked or not."""
-        return record.expires <= now or record.idle_since + self.max_idle <= now
-
     def idle(self) -> int:
         return len(self.items) + len(self.dormant)
 
     def spoils_at(self, record: Record[T]) -> float:
+        """Return from when on an idle connection may not be handed out, checked or not."""
         return min(record.expires, record.idle_since + self.max_idle)
 
     def snapshot(self) -> list[Record[T]]:

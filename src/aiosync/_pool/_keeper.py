@@ -11,7 +11,6 @@ a slot always comes back.
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 from contextlib import suppress
@@ -27,20 +26,16 @@ from anyio import (
     get_current_task,
 )
 
-from .._errors import PoolTimeout
 from .._handoff import HandoffQueue
 from .._park import critical, start_in_background, task_sleeper, wake_all
 from ._idle import IdleQueue
+from ._ledger import Ledger, describe, log
 from ._records import (
     ALWAYS,
     NEVER,
-    REASONS,
-    ConnectionInfo,
     Failure,
-    PoolEvent,
     Reason,
     Record,
-    Tally,
 )
 
 if TYPE_CHECKING:
@@ -55,7 +50,6 @@ T = TypeVar("T")
 _chance = random.Random()  # noqa: S311  (nothing secret)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_chance.seed)  # or else all children come at once
-_log = logging.getLogger("aiosync.pool")
 
 # While the backend is down one connect at a time is tried: so long after the first failure, and
 # then twice as long each time, in seconds. Multiplied by a number from 0.5 to 1, by chance, so that
@@ -63,12 +57,6 @@ _log = logging.getLogger("aiosync.pool")
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 10.0
 # How often we look for idle connections and leaks at most, in seconds, however short their times.
 _GRAIN = 0.05
-
-_COUNTS = (
-    "requests_queued", "requests_wait_ms", "requests_errors", "timeouts", "cancelled",
-    "returns_bad", "connections_num", "connections_ms", "connections_errors", "connections_lost",
-    "leaks", *(f"closed_{reason}" for reason in REASONS),
-)  # fmt: skip
 
 # Each connection lives up to this much shorter than `max_lifetime`, for the same reason.
 _LIFETIME_JITTER = 0.05
@@ -80,20 +68,21 @@ async def _call(hook: Callable[..., Any], *args: object) -> Any:
 
 
 class Keeper(Generic[T]):
-    """What goes on in the background of one pool. All but `post` and `collected` on its loop."""
+    """What goes on in the background of one pool; on its loop, but for what is marked."""
 
     def __init__(
         self, settings: Settings[T], pool: ConnectionPool[T], closed: Callable[[], Exception]
     ) -> None:
         self.settings = settings
         self.pool = pool
-        self.outage = Failure(lambda: self.too_late("while connecting fails"))
+        self.ledger: Ledger[T] = Ledger(settings, self)
+        self.outage = Failure(lambda: self.ledger.too_late("while connecting fails"))
         self.closed = Failure(closed)
         self.min_size, self.max_size = settings.min_size, settings.max_size
         self.clock: Callable[[], float]
         self.mailbox: HandoffQueue[Callable[[], object]] = HandoffQueue()
         self.idle: IdleQueue[T] = IdleQueue(
-            settings.lifo, settings.max_idle, self.closed, partial(self.post, _nothing)
+            settings.lifo, settings.max_idle, self.closed, self.call
         )
         # Those who are borrowed, by the id of the connection. To remove one is to claim the right
         # to say where it goes: back, lost or, when the pool is closed, by force.
@@ -115,15 +104,15 @@ class Keeper(Generic[T]):
         # How often connecting has failed since it last succeeded; more than 0 is an outage.
         self.failures = 0
         self.last_error: BaseException | None = None
+        # When a connection has to be looked at, in whose hands it may be then. NEVER, which is long
+        # ago: at once, because one came, went or was retired, or the sizes have changed.
+        self._due = NEVER
         self._last_failure = NEVER
         self._next_attempt = NEVER
         self._complain_at = NEVER
         # Not later than that of any task that waits, with the `timeout` of the pool.
         self.next_deadline = ALWAYS
         self._connects: set[CancelScope] = set()
-        self.tally = Tally()
-        # Of those connections that are closed.
-        self.past = Record[T](None, 0, NEVER)  # type: ignore[arg-type]
         # Those that were closed while borrowed, until their borrowers give them back.
         self.forced: dict[int, T] = {}
         # Those who wait until there are `min_size` connections, and until all is over.
@@ -137,14 +126,19 @@ class Keeper(Generic[T]):
         self.finished = False
         self.crash: Exception | None = None
 
-    # -- From any thread.
+    # -- From any thread, but for `watch`.
 
     @critical
     def post(self, job: Callable[[], object]) -> None:
-        """Have `job` called, and then the whole pool looked at, on the loop of the pool."""
+        """Have `job` called, and then those seen to who wait, on the loop of the pool."""
         self.mailbox.items.appendleft(job)
         if self.mailbox.line:
             self.mailbox.match()
+
+    @critical
+    def call(self, record: Record[T] | None = None) -> None:
+        """See to who waits, and to an idle connection that was retired."""
+        self.post(_nothing if record is None else partial(self.returned, record))
 
     @critical
     def collected(self, record: Record[T], _: object) -> None:
@@ -156,13 +150,13 @@ class Keeper(Generic[T]):
         """See to it that a task that waits until then is woken. On the loop of the pool only."""
         if deadline < self.next_deadline:  # or else those who came before see to it
             self.next_deadline = deadline
-            self.post(_nothing)
+            self.call()
 
     # -- The main task.
 
     def begin(self) -> None:
         """Start the main task. It may be cancelled before it has begun."""
-        self._start(self._run, stillborn=self._finish)
+        self.start(self._run, stillborn=self._finish)
 
     async def _run(self) -> None:
         try:
@@ -192,15 +186,19 @@ class Keeper(Generic[T]):
             job()
             job = self.mailbox.take_or(None)
 
+    def look(self) -> None:
+        """Have each connection looked at, when the jobs are done."""
+        self._due = NEVER
+
     def _review(self) -> float:
         """Bring the pool into the state that it should have; return when to look again."""
         now = self.clock()
         idle = self.idle
-        for record in idle.take_out(lambda record: idle.is_spoiled(record, now)):
-            self.discard(record, record.retired if record.expires <= now else "idle")
         if now >= self.next_deadline:
             self.next_deadline = idle.expire(now)
-        self._shrink()
+        # Only then, because it takes as long as there are many.
+        if now >= self._due:
+            self._look_at_all(now)
         # In this order; see IdleQueue.room.
         idle.room = self.size < self.max_size
         self._wake_dormant()
@@ -208,16 +206,25 @@ class Keeper(Generic[T]):
         idle.room = self.size < self.max_size
         if self.is_ready():
             wake_all(self.expectant)
-        return self._next_due(now)
+        due = min(self._due, self.next_deadline)
+        if self.failures and not self.opening and idle.room:
+            due = min(due, self._next_attempt)
+        return due
+
+    def _look_at_all(self, now: float) -> None:
+        idle = self.idle
+        for record in idle.take_out(lambda record: idle.spoils_at(record) <= now):
+            self.discard(record, record.retired if record.expires <= now else "idle")
+        self._report_leaks()
+        self._shrink()
+        self._due = self._next_due(now)
 
     @property
     def size(self) -> int:
         return len(self.records) + self.opening - self.configuring
 
     def _next_due(self, now: float) -> float:
-        due = self.next_deadline
-        if self.failures and not self.opening and self.size < self.max_size:
-            due = min(due, self._next_attempt)
+        due = ALWAYS
         idle = self.idle.snapshot()
         for record in idle:
             due = min(due, self.idle.spoils_at(record))
@@ -244,7 +251,6 @@ class Keeper(Generic[T]):
         ]
 
     def _shrink(self) -> None:
-        self._report_leaks()
         idle = self.idle.snapshot()
         in_use = self._in_use(idle)
         surplus = len(idle) + len(in_use) + self.opening - self.configuring - self.max_size
@@ -278,9 +284,9 @@ class Keeper(Generic[T]):
             number = min(number, self.settings.max_connecting - self.opening)
         for _ in range(min(number, room)):
             self.opening += 1
-            self._start(self._open, now, self.generation, stillborn=self._open_nothing)
+            self.start(self._open, now, self.generation, stillborn=self._open_nothing)
 
-    def _start(
+    def start(
         self, work: Callable[..., Any], *args: object, stillborn: Callable[[], object]
     ) -> None:
         """Start a task.
@@ -308,7 +314,7 @@ class Keeper(Generic[T]):
             if not begun:
                 stillborn()
             if not begun or self.stopping:
-                self.post(_nothing)
+                self.call()
 
         key = object()
         name = self.settings.name + (f" {work.__name__}" if self.children else "")
@@ -342,21 +348,21 @@ class Keeper(Generic[T]):
             raise
         finally:
             self.opening -= 1
-            self.tally.add("connections_num")
+            self.ledger.count("connections_num")
             if record is not None:
                 self.configuring -= 1
-                self.tally.add("connections_ms", 1000 * (self.clock() - began))
+                self.ledger.count("connections_ms", 1000 * (self.clock() - began))
             if record is not None and ready:
                 if generation != self.generation:
                     record.retire("drain")
                 self.give(record)
                 self._succeeded()
-                self.emit("connected", record)
+                self.ledger.emit("connected", record)
             elif record is not None:
                 self.discard(record, "configure", error)
             if error is not None:
                 self._failed(error, began)
-            self.post(_nothing)
+            self.post(self.look)
             del error  # or else it would keep itself, by its traceback
 
     def _open_nothing(self) -> None:
@@ -386,17 +392,17 @@ class Keeper(Generic[T]):
         if self.failures:
             self.failures = 0
             self.last_error = None
-            self.emit("recovered")
+            self.ledger.emit("recovered")
 
     def _failed(self, error: BaseException, began: float) -> None:
-        self.tally.add("connections_errors")
+        self.ledger.count("connections_errors")
         self.last_error = error
-        self.emit("connect_failed", error=error)
+        self.ledger.emit("connect_failed", error=error)
         now = self.clock()
         if not self.failures:
-            _log.warning("%s: cannot connect: %s", self.settings.name, describe(error))
+            log.warning("%s: cannot connect: %s", self.settings.name, describe(error))
             self._complain_at = now + self.settings.reconnect_timeout
-            self.emit("outage", error=error)
+            self.ledger.emit("outage", error=error)
         # Of those that were under way together only one counts.
         if not self.failures or began > self._last_failure:
             delay = min(_FIRST_DELAY * 2**self.failures, _LONGEST_DELAY)
@@ -405,7 +411,7 @@ class Keeper(Generic[T]):
         self._last_failure = now
         if now >= self._complain_at and self.settings.reconnect_failed is not None:
             self._complain_at = now + self.settings.reconnect_timeout
-            self._hook(self.settings.reconnect_failed, self.pool)
+            self.ledger.tell(self.settings.reconnect_failed, self.pool)
         if self.settings.fail_fast and not self.has_hope():
             self.idle.fail(self.outage)
 
@@ -441,7 +447,7 @@ class Keeper(Generic[T]):
             self.give(record, checked=False)
             return
         self.serving += 1
-        self._start(self._serve, record, step, stillborn=partial(self._serve_again, record, step))
+        self.start(self._serve, record, step, stillborn=partial(self._serve_again, record, step))
 
     async def _serve(self, record: Record[T], step: Literal["check", "reset"]) -> None:
         good = False
@@ -460,7 +466,7 @@ class Keeper(Generic[T]):
                 self.give(record, checked=step == "check")
             else:
                 self.discard(record, step, error)
-            self.post(_nothing)
+            self.call()
             del error  # or else it would keep itself, by its traceback
 
     def _serve_again(self, record: Record[T], step: Literal["check", "reset"]) -> None:
@@ -470,7 +476,7 @@ class Keeper(Generic[T]):
     def begin_check(self, done: list[bool]) -> None:
         """Check those that are idle now."""
         end = partial(self._end_check, done)
-        self._start(self._check_all, self.idle.snapshot(), end, stillborn=end)
+        self.start(self._check_all, self.idle.snapshot(), end, stillborn=end)
 
     def _end_check(self, done: list[bool]) -> None:
         done.append(True)
@@ -491,16 +497,17 @@ class Keeper(Generic[T]):
     ) -> None:
         """Close a connection that nobody has."""
         self.leaving.add(record.key)
-        if reason in {"check", "reset", "configure", "discard"}:
-            self.tally.add("returns_bad", reason in {"reset", "discard"})
-            self.tally.add("connections_lost", reason == "check")
+        if reason in {"reset", "discard"}:
+            self.ledger.count("returns_bad")
+        elif reason == "check":
+            self.ledger.count("connections_lost")
         self._begin_to_close(record, reason, error)
 
     def _begin_to_close(
         self, record: Record[T], reason: Reason, error: BaseException | None
     ) -> None:
         again = partial(self._begin_to_close, record, reason, error)
-        self._start(self._close, record, reason, error, stillborn=again)
+        self.start(self._close, record, reason, error, stillborn=again)
 
     async def _close(self, record: Record[T], reason: Reason, error: BaseException | None) -> None:
         connection = record.alive()
@@ -508,7 +515,7 @@ class Keeper(Generic[T]):
             with fail_after(self.settings.time_to_close, shield=True):
                 await _call(self.settings.close, connection)
         except Exception as caught:
-            self.emit("close_failed", record, error=caught)
+            self.ledger.emit("close_failed", record, error=caught)
         finally:
             self._forget(record, reason, error)
 
@@ -516,15 +523,15 @@ class Keeper(Generic[T]):
         self.leaving.discard(record.key)
         self.records.pop(record.key, None)
         record.ref = None  # nobody is to be told when it is collected
-        self.past.add(record)
-        self.tally.add(f"closed_{reason}")
-        self.emit("closed", record, reason, error)
-        self.post(_nothing)
+        self.ledger.past.add(record)
+        self.ledger.count(f"closed_{reason}")
+        self.ledger.emit("closed", record, reason, error)
+        self.post(self.look)
 
     def _lost(self, record: Record[T]) -> None:
         if self.records.get(record.key) is record:
-            self.tally.add("leaks")
-            self.emit("leaked", record, "it was garbage collected\n" + _format(record.stack))
+            self.ledger.count("leaks")
+            self.ledger.emit("leaked", record, "it was garbage collected\n" + record.trace())
             self._forget(record, "collected", None)
 
     def _report_leaks(self) -> None:
@@ -532,15 +539,15 @@ class Keeper(Generic[T]):
         for record in self._borrowed():
             if not record.reported and now >= record.taken + self.settings.leak_timeout:
                 record.reported = True
-                self.tally.add("leaks")
-                stack = _format(record.stack)
-                _log.warning(
+                self.ledger.count("leaks")
+                stack = record.trace()
+                log.warning(
                     "%s: a connection is borrowed for more than %g s by\n%s",
                     self.settings.name,
                     self.settings.leak_timeout,
                     stack,
                 )
-                self.emit("leaked", record, stack)
+                self.ledger.emit("leaked", record, stack)
 
     # -- The end.
 
@@ -552,13 +559,13 @@ class Keeper(Generic[T]):
 
     def resize(self, min_size: int, max_size: int) -> None:
         self.min_size, self.max_size = min_size, max_size
-        self.post(_nothing)
+        self.post(self.look)
 
     def drain(self) -> None:
         self.generation += 1
         for record in self.records.values():
             record.retire("drain")
-        self.post(_nothing)
+        self.post(self.look)
 
     def is_ready(self) -> bool:
         """Tell whether there are as many connections as there should be."""
@@ -603,105 +610,6 @@ class Keeper(Generic[T]):
                 record.connection = self.forced[record.key] = connection
                 self.discard(record, "forced")
 
-    # -- Telling. From any thread, but for events.
-
-    def gauges(self) -> dict[str, int]:
-        return {
-            "pool_min": self.min_size,
-            "pool_max": self.max_size,
-            "pool_size": self.size,
-            "pool_available": self.idle.idle(),
-            "in_use": len(self.lent),
-            "connecting": self.opening,
-            "requests_waiting": len(self.idle.waiters),
-        }
-
-    def counts(self) -> dict[str, int]:
-        total: Record[Any] = Record(None, 0, NEVER)
-        for record in (self.past, *self.records.copy().values()):
-            total.add(record)
-        found = {name: int(self.tally.get(name)) for name in _COUNTS}
-        found["requests_num"] = total.uses + found["requests_errors"] + found["cancelled"]
-        found["requests_queued"] += total.queued
-        found["requests_wait_ms"] += int(1000 * total.waited)
-        found["usage_ms"] = int(1000 * total.usage)
-        return found
-
-    def too_late(self, when: float | str | None) -> PoolTimeout:
-        """Return what to raise for who got no connection, in so many seconds for instance."""
-        self.tally.add("timeouts")
-        waited = when if isinstance(when, str) else "at once"
-        if isinstance(when, (int, float)) and when > 0:
-            waited = f"within {when:g} s"
-        stats = self.pool.get_stats()
-        because = ""
-        if self.last_error is not None:
-            because = f"; connecting fails: {describe(self.last_error)}"
-        error = PoolTimeout(
-            f"{self.settings.name} had no connection {waited}: of {stats['pool_max']} at most, "
-            f"{stats['in_use']} are in use and {stats['connecting']} being made; "
-            f"{stats['requests_waiting']} others wait{because}",
-            stats,
-        )
-        error.__cause__ = self.last_error
-        return error
-
-    def is_borrowed(self, record: Record[T]) -> bool:
-        return record.key in self.lent or record.key in self.forced
-
-    def info(self, record: Record[T]) -> ConnectionInfo:
-        now = self.clock()
-        return ConnectionInfo(
-            age=now - record.created,
-            uses=record.uses,
-            usage=record.usage,
-            in_use=now - record.taken if self.is_borrowed(record) else None,
-            expires_in=max(0.0, record.expires - now),
-        )
-
-    def emit(
-        self,
-        kind: Any,
-        record: Record[T] | None = None,
-        reason: str = "",
-        error: BaseException | None = None,
-    ) -> None:
-        if self.settings.on_event is not None:
-            info = None if record is None else self.info(record)
-            event = PoolEvent(kind, self.settings.name, reason, error, info)
-            self._hook(self.settings.on_event, event)
-
-    def _hook(self, hook: Callable[..., Any], *args: object) -> None:
-        """Call what only wants to know; in a task of its own if it is async."""
-        try:
-            result = hook(*args)
-        except (Exception, get_cancelled_exc_class()):  # the result of a cancelled Future
-            _log.exception("%s: %r failed", self.settings.name, hook)
-            return
-        if isawaitable(result):
-            self._start(self._tell, hook, result, stillborn=getattr(result, "close", _nothing))
-
-    async def _tell(self, hook: object, result: Any) -> None:
-        try:
-            with fail_after(self.settings.time_to_close, shield=True):
-                await result
-        except Exception:
-            _log.exception("%s: %r failed", self.settings.name, hook)
-
 
 def _nothing() -> None:
-    """Do nothing; a job that only wants the pool to be looked at."""
-
-
-def describe(error: BaseException) -> str:
-    """Return the repr of `error`, whatever that is."""
-    try:
-        return repr(error)
-    except Exception:
-        return type(error).__name__
-
-
-def _format(stack: list[tuple[str, int, str]]) -> str:
-    return "\n".join(
-        f'  File "{file}", line {line}, in {function}' for file, line, function in stack
-    )
+    """Do nothing; a job that only wants somebody to look."""

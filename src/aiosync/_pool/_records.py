@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from threading import RLock
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
@@ -110,6 +109,12 @@ class Record(Generic[T]):
         found: T | None = self.ref()
         return found
 
+    def trace(self) -> str:
+        """Return who borrowed it, as in a traceback."""
+        return "\n".join(
+            f'  File "{file}", line {line}, in {function}' for file, line, function in self.stack
+        )
+
 
 class Failure:
     """What waiters are handed instead of a connection, so that they give up at once."""
@@ -180,21 +185,3 @@ class PoolEvent:
     """What went wrong, if an exception tells it."""
     info: ConnectionInfo | None = None
     """The connection concerned."""
-
-
-class Tally:
-    """Counts that many threads add to, when something unusual happens; never on the common path."""
-
-    __slots__ = ("_counts", "_lock")
-
-    def __init__(self) -> None:
-        # Re-entrant, for signal handlers and finalizers; nothing foreign ever runs under it.
-        self._lock = RLock()
-        self._counts: dict[str, float] = {}
-
-    def add(self, name: str, amount: float = 1) -> None:
-        with self._lock:
-            self._counts[name] = self._counts.get(name, 0) + amount
-
-    def get(self, name: str) -> float:
-        return self._counts.get(name, 0)

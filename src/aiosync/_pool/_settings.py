@@ -14,7 +14,45 @@ from ._records import ALWAYS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from typing_extensions import TypedDict
+
+    from ._face import ConnectionPool
+    from ._records import PoolEvent
+
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+
+    class CommonOptions(TypedDict, Generic[T], total=False):
+        """The options of `ConnectionPool` that do not depend on the driver."""
+
+        configure: Callable[[T], object] | None
+        min_size: int
+        max_size: int
+        name: str | None
+        timeout: float | None
+        max_waiting: int
+        max_lifetime: float | None
+        max_idle: float | None
+        lifo: bool
+        check_idle: float | None
+        check_timeout: float | None
+        connect_timeout: float | None
+        close_timeout: float | None
+        max_connecting: int
+        reconnect_timeout: float | None
+        reconnect_failed: Callable[[ConnectionPool[T]], object] | None
+        fail_fast: bool
+        leak_timeout: float | None
+        on_event: Callable[[PoolEvent], object] | None
+        fast_acquire: bool
+
+    class PoolOptions(CommonOptions[T], Generic[T], total=False):
+        """All of them."""
+
+        close: Callable[[T], object] | None
+        check: Callable[[T], object] | None
+        reset: Callable[[T], object] | None
 
 
 @dataclass
