@@ -1011,9 +1011,8 @@ MATCH_WAKES_BEFORE_IT_FILLS_THE_CLAIM: list[Change] = [
         [
             ("                claim[0] = item\n", ""),
             (
-                "                            pass\n                        continue\n",
-                "                            pass\n                        claim[0] = item\n"
-                "                        continue\n",
+                "                            pass\n",
+                "                            pass\n                        claim[0] = item\n",
             ),
         ],
     )

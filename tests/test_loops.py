@@ -9,7 +9,7 @@ import importlib.util
 import sys
 import threading
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
 import anyio.lowlevel
@@ -19,7 +19,7 @@ import trio.testing
 from helpers import PATIENCE, until
 
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore
-from aiosync._park import run_in_thread
+from aiosync._park import TrioSleeper, run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -864,3 +864,21 @@ def test_wait_of_a_single_party_outside_of_an_event_loop_does_not_arrive() -> No
         barrier.wait().send(None)
     assert (barrier.n_waiting, barrier.broken) == (0, False)
     assert not runs, "the action of a round was run in which nobody has arrived"
+
+
+def test_a_trio_that_does_not_tell_whether_a_task_is_at_rest_wakes_it_all_the_same() -> None:
+    semaphore = Semaphore(0)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(semaphore.acquire)
+            await trio.testing.wait_all_tasks_blocked()
+            (sleeper,) = semaphore._queue.waiters
+            assert isinstance(sleeper, TrioSleeper)
+            task = sleeper._task
+            sleeper._task = cast("trio.lowlevel.Task", object())  # without its private attributes
+            semaphore.release()
+            sleeper._task = task
+
+    trio.run(main)
+    assert_free(semaphore, 0)

@@ -1002,7 +1002,8 @@ class TestAConnectionThatComesAsTheTimeIsUp:
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(acquire)
-            await until(lambda: pool.get_stats()["requests_waiting"] == 1)
+            # On a busy machine its time may be up before we have seen it wait.
+            await until(lambda: pool.get_stats()["requests_waiting"] == 1 or outcomes != [])
             time.sleep(2 * self.TIMEOUT)
             await steps(k)
             (pool.discard if step == "discard" else pool.release)(connection)

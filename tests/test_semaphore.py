@@ -606,3 +606,13 @@ class TestErrors:
         assert not hasattr(semaphore, "__dict__")
         with pytest.raises(AttributeError):
             semaphore.color = "red"  # type: ignore[attr-defined]
+
+
+def test_who_sees_somebody_in_line_who_has_just_left_takes_a_free_permit_at_once() -> None:
+    semaphore = Semaphore(1, fast_acquire=True)
+    semaphore._detour = [None]  # as the line was a moment ago
+    acquire = semaphore.acquire()
+    with pytest.raises(StopIteration) as stop:
+        acquire.send(None)
+    assert stop.value.value is True
+    assert semaphore.value == 0

@@ -209,9 +209,10 @@ class HandoffQueue(Generic[T]):
     @critical
     def match(self) -> None:
         """Hand free items to waiters, the oldest first, until one of the two has run out."""
-        items, waiters = self.items, self.waiters
+        items, waiters, reserves = self.items, self.waiters, self.reserves
         at = here()
-        while waiters and (items or self._restock()):
+        # Items last: they may have come from the reserves meanwhile.
+        while waiters and (items or (reserves and self._restock()) or items):
             try:
                 item = items.pop()
             except IndexError:
@@ -232,7 +233,9 @@ class HandoffQueue(Generic[T]):
                             waiter.set_result(None)
                         except InvalidStateError:
                             pass
-                        continue
+                        if reserves or items:
+                            continue
+                        return  # most often there is no other one
                     if wake(waiter, at) or claim.pop() is not _COLLECTS:
                         continue
             self.give_back(item)
@@ -259,4 +262,4 @@ class HandoffQueue(Generic[T]):
                     pass  # somebody else has emptied and removed it
             if self.items:
                 return True
-        return bool(self.items)
+        return False
