@@ -1056,12 +1056,12 @@ A_WAITER_LOOKS_BEFORE_IT_STANDS_IN_LINE: list[Change] = [
 ]
 TRIP_ASSIGNS: list[Change] = [
     (
-        _Rounds.trip,
+        _Rounds.fill,
         [
             (
-                "if round.decided.setdefault(key, _TRIPPED) is not _TRIPPED:",
-                "if round.decided.get(key) is None:\n            round.decided[key] = _TRIPPED\n"
-                "        if round.decided[key] is not _TRIPPED:",
+                'if decided.setdefault("fate", _TRIPPED) is not _TRIPPED:',
+                'if decided.get("fate") is None:\n            decided["fate"] = _TRIPPED\n'
+                '        if decided["fate"] is not _TRIPPED:',
             )
         ],
     )

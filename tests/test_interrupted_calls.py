@@ -63,19 +63,26 @@ def join(threads: list[threading.Thread]) -> None:
 
 class TestTheLastPartyOfABarrier:
     @pytest.mark.parametrize(
-        ("owner", "name", "expected"),
+        ("owner", "name", "action", "expected"),
         [
-            (_barrier._Rounds, "fill", ["broken", "broken"]),
-            (_barrier._Rounds, "trip", ["broken", "broken"]),
+            (_barrier._Rounds, "fill", None, ["broken", "broken"]),
+            (_barrier._Rounds, "trip", bool, ["broken", "broken"]),
             # From here on the round has tripped, and stays so.
-            (_barrier._Rounds, "after", [0, 1]),
-            (_barrier._Round, "wake_a_thread", [0, 1]),
+            (_barrier, "_Round", None, [0, 1]),
+            (_barrier._Rounds, "after", bool, [0, 1]),
+            (_barrier._Round, "wake", None, [0, 1]),
+            (_barrier._Round, "wake_a_thread", None, [0, 1]),
         ],
     )
     def test_interrupted_anywhere_it_tells_the_others(
-        self, owner: Any, name: str, expected: list[object], monkeypatch: pytest.MonkeyPatch
+        self,
+        owner: Any,
+        name: str,
+        action: Any,
+        expected: list[object],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        barrier = Barrier(3)
+        barrier = Barrier(3, action)
         threads, outcomes = wait_in_threads(barrier, 2)
         interrupt_once(monkeypatch, owner, name)
         with pytest.raises(Interrupt):

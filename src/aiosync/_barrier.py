@@ -187,14 +187,21 @@ class _Rounds:
         # Cancelled before we came, although it has not run since: then it was not here with us.
         if any(map(_cancelled, round.sleepers)):
             round.break_(_GAVE_UP, although_full=False)
-        if self.action is None:
-            return self.trip(round, "fate")
-        return round.decided.setdefault("fate", _FULL) is _FULL
+        decided = round.decided
+        if self.action is not None:
+            return decided.setdefault("fate", _FULL) is _FULL
+        if decided.setdefault("fate", _TRIPPED) is not _TRIPPED:
+            return False
+        # The same as in `trip`, with fewer calls: a round of two takes 4% longer with them.
+        round.fate = _TRIPPED
+        round.next = self.latest = decided.setdefault("next", _Round(self._places.copy()))
+        round.wake()
+        return True
 
     @critical
-    def trip(self, round: _Round, key: str) -> bool:
-        """Let everybody pass; False if the round was broken before."""
-        if round.decided.setdefault(key, _TRIPPED) is not _TRIPPED:
+    def trip(self, round: _Round) -> bool:
+        """Let everybody pass, the action being done; False if the round was broken before."""
+        if round.decided.setdefault("verdict", _TRIPPED) is not _TRIPPED:
             return False
         round.fate = _TRIPPED
         self.latest = self.after(round)
@@ -334,7 +341,7 @@ class Barrier(NotCopied):
                         raise round.error()
                     if rounds.action is not None:
                         await _run(rounds.action)
-                        if not rounds.trip(round, "verdict"):
+                        if not rounds.trip(round):
                             raise round.error()
                 except BaseException:
                     if not round.break_(
