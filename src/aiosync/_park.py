@@ -79,18 +79,18 @@ def critical(function: F) -> F:
 class TrioSleeper:
     """A task of a trio run."""
 
-    __slots__ = ("_aborted", "_asleep", "_task", "_token", "_trio")
+    __slots__ = ("_aborted", "_asleep", "_lowlevel", "_task", "_token")
 
-    def __init__(self, trio: Any) -> None:
+    def __init__(self, lowlevel: Any) -> None:
         while _critical:  # the first time: before anybody waits there is nothing to lose
             try:
                 function = _critical.pop()
             except IndexError:
                 break  # another trio run, in another thread, was faster
-            trio.lowlevel.enable_ki_protection(function)
-        self._trio = trio
-        self._task: Task = trio.lowlevel.current_task()
-        self._token: TrioToken = trio.lowlevel.current_trio_token()
+            lowlevel.enable_ki_protection(function)
+        self._lowlevel = lowlevel
+        self._task: Task = lowlevel.current_task()
+        self._token: TrioToken = lowlevel.current_trio_token()
         # Holds an entry from just before the task yields until somebody removes it, and so claims
         # the right to reschedule the task, once. Touched on the thread of the trio run only, but by
         # signal handlers as well.
@@ -100,13 +100,13 @@ class TrioSleeper:
     def __await__(self) -> Generator[Any, None, None]:
         self._asleep.append(True)
         try:
-            yield from self._trio.lowlevel.wait_task_rescheduled(self._abort).__await__()
+            yield from self._lowlevel.wait_task_rescheduled(self._abort).__await__()
         finally:
             # If KeyboardInterrupt comes before it sleeps, no late bell may disturb its next sleep.
             self._asleep.clear()
 
     def _abort(self, raise_cancel: object) -> Abort:
-        abort: type[Abort] = self._trio.lowlevel.Abort
+        abort: type[Abort] = self._lowlevel.Abort
         try:
             self._asleep.pop()
         except IndexError:
@@ -115,7 +115,7 @@ class TrioSleeper:
         return abort.SUCCEEDED
 
     async def at_most(self, timeout: float) -> None:
-        with self._trio.move_on_after(timeout):
+        with _modules["trio"].move_on_after(timeout):
             await self
 
     def cancelled(self) -> bool:
@@ -144,7 +144,7 @@ class TrioSleeper:
             self._asleep.pop()
         except IndexError:
             return
-        self._trio.lowlevel.reschedule(task)
+        self._lowlevel.reschedule(task)
 
     def call_from_afar(self) -> None:
         self._token.run_sync_soon(self._ring)
@@ -154,7 +154,7 @@ class TrioSleeper:
             self._asleep.pop()
         except IndexError:
             return  # rung before, or cancelled
-        self._trio.lowlevel.reschedule(self._task)
+        self._lowlevel.reschedule(self._task)
 
 
 class ThreadSleeper:
@@ -227,9 +227,9 @@ def task_sleeper() -> Sleeper:
     :raises NoEventLoopError: if no asyncio or trio event loop is running on this thread
     """
     if "trio" in _modules:  # what `_running_trio` asks first, without the call
-        trio = _running_trio()
-        if trio is not None:
-            return TrioSleeper(trio)
+        lowlevel = _running_trio()
+        if lowlevel is not None:
+            return TrioSleeper(lowlevel)
     loop = _get_running_loop()
     if loop is None:
         raise _no_event_loop()
@@ -273,13 +273,13 @@ def here() -> object:
     loop = _get_running_loop()
     if loop is not None and current_task(loop) is not None:
         return loop
-    trio = _running_trio()
-    if trio is not None:
+    lowlevel = _running_trio()
+    if lowlevel is not None:
         try:
-            trio.lowlevel.current_task()
+            lowlevel.current_task()
         except RuntimeError:
             return None  # between two steps
-        token: object = trio.lowlevel.current_trio_token()
+        token: object = lowlevel.current_trio_token()
         return token
     return None
 
@@ -340,9 +340,9 @@ def clock() -> Callable[[], float]:
 
     :raises NoEventLoopError: if no asyncio or trio event loop is running on this thread
     """
-    trio = _running_trio()
-    if trio is not None:
-        tells: Callable[[], float] = trio.lowlevel.current_clock().current_time
+    lowlevel = _running_trio()
+    if lowlevel is not None:
+        tells: Callable[[], float] = lowlevel.current_clock().current_time
         return tells
     loop = _get_running_loop()
     if loop is None:
@@ -376,8 +376,8 @@ def start_in_background(
     :param end: called, by the event loop, when the task has ended; also if it has never begun,
         because it was cancelled natively before
     """
-    trio = _running_trio()
-    if trio is not None:
+    lowlevel = _running_trio()
+    if lowlevel is not None:
 
         async def work_and_end() -> None:
             try:
@@ -385,7 +385,7 @@ def start_in_background(
             finally:
                 end()
 
-        trio.lowlevel.spawn_system_task(work_and_end, name=name, context=copy_context())
+        lowlevel.spawn_system_task(work_and_end, name=name, context=copy_context())
         return
     task = get_running_loop().create_task(work(), name=name)
     for old in list(_background):
@@ -447,9 +447,9 @@ def checkpoint() -> Awaitable[None]:
 
     :raises NoEventLoopError: if no asyncio or trio event loop is running on this thread
     """
-    trio = _running_trio()
-    if trio is not None:
-        awaitable: Awaitable[None] = trio.lowlevel.checkpoint()
+    lowlevel = _running_trio()
+    if lowlevel is not None:
+        awaitable: Awaitable[None] = lowlevel.checkpoint()
         return awaitable
     if _get_running_loop() is None:
         raise _no_event_loop()
@@ -471,7 +471,7 @@ _modules = sys.modules
 
 
 def _running_trio() -> Any:
-    """Return trio if it runs on this thread; never import it for those who do without.
+    """Return trio.lowlevel if trio runs on this thread; never import it for those who do without.
 
     To be asked before asyncio is: in trio's guest mode the host's loop is running as well. Trio
     announces itself to sniffio, which it depends on; to ask trio itself (``in_trio_task()``) takes
@@ -482,7 +482,7 @@ def _running_trio() -> Any:
         return None
     try:
         if _modules["sniffio"].thread_local.name == "trio":
-            return _modules["trio"]
+            return _modules["trio.lowlevel"]
     except (AttributeError, KeyError):
         pass  # another thread is importing them just now, so trio does not run on this one
     return None
