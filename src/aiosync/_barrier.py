@@ -404,7 +404,8 @@ class Barrier(NotCopied):
     def reset(self) -> None:
         """Make the barrier as new: who waits gets BrokenBarrierError, who comes later does not.
 
-        A round that has tripped is not touched.
+        A round that has tripped is not touched. An action that is running just now goes on; that of
+        the next round may come to run beside it.
 
         May be called from anywhere, including threads, signal handlers and finalizers. Never
         blocks. The same as `threading.Barrier.reset`.
