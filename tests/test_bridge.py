@@ -30,6 +30,7 @@ from helpers import PATIENCE, Aim, InThread, spin_until, until, until_async, wai
 
 import aiosync
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore, as_threading
+from aiosync._park import ThreadSleeper, run_in_thread, thread_sleeper
 
 pytestmark = pytest.mark.anyio
 
@@ -1216,3 +1217,35 @@ def test_all_threads_go_on_although_they_wake_one_another(end: str) -> None:
             assert sorted(results, key=repr) == sorted(range(parties - 1), key=repr)
         else:
             assert all(isinstance(result, BrokenBarrierError) for result in results)
+
+
+def test_a_round_may_trip_just_as_a_party_that_was_too_late_to_give_up_lies_down_again() -> None:
+    acting, go = threading.Event(), threading.Event()
+
+    def action() -> None:
+        acting.set()
+        assert go.wait(PATIENCE)
+
+    barrier = Barrier(2, action)
+    last: list[InThread] = []
+
+    class Places(list[int]):
+        """The other party arrives just after the first, before its time is up."""
+
+        def pop(self, index: Any = -1) -> int:
+            place = super().pop(index)
+            if place == 0:
+                last.append(InThread(as_threading(barrier).wait))
+                assert acting.wait(PATIENCE)
+            return place
+
+    def new_sleeper() -> ThreadSleeper:
+        go.set()
+        assert last[0].result() == 1
+        return thread_sleeper()
+
+    barrier._rounds.latest.places = Places(barrier._rounds.latest.places)
+    twin = barrier._for_threads()
+    twin._new_sleeper = new_sleeper
+    assert run_in_thread(twin.wait(0)) == 0
+    assert not barrier.broken
