@@ -388,7 +388,7 @@ async def test_a_pool_closed_by_force_ends_what_its_borrower_is_doing(
             except Exception as error:
                 errors.append(error)
 
-    pool = driver.make(server, "forced", close_timeout=0.2)
+    pool = driver.make(server, "forced", close_timeout=1)
     with fail_after(DEADLINE):
         async with create_task_group() as tasks, opened(observer, pool):
             tasks.start_soon(borrow)

@@ -424,7 +424,7 @@ class TestThreadsLeftBehind:
         with fail_after(DEADLINE):
             async with (
                 create_task_group() as tasks,
-                sqlite_pool(database, close_timeout=0.1) as pool,
+                sqlite_pool(database, close_timeout=1) as pool,
             ):
                 tasks.start_soon(borrow)
                 await to_thread.run_sync(begun.wait, DEADLINE)
