@@ -51,7 +51,7 @@ class Step:
     def leave(self, queue: HandoffQueue[str]) -> bool:
         return queue.leave(self, self.claim)  # type: ignore[arg-type]
 
-    def cancelled(self) -> bool:
+    def done(self) -> bool:
         self.before_grant()
         return self.is_cancelled
 
@@ -297,7 +297,7 @@ async def _sleep(sleeper: ThreadSleeper) -> None:
 class TestThreads:
     def test_a_thread_sleeps_until_the_bell_rings(self) -> None:
         sleeper = ThreadSleeper()
-        assert sleeper.cancelled() is False
+        assert sleeper.done() is False
         thread = threading.Thread(target=run_in_thread, args=[_sleep(sleeper)])
         thread.start()
         assert _park.wake(sleeper, _park.here()) is True

@@ -176,7 +176,7 @@ def test_a_latecomer_is_no_party_and_may_leave() -> None:
     class Cancelled:
         """A task that found no place just before the last party fills the round, and left."""
 
-        def cancelled(self) -> bool:
+        def done(self) -> bool:
             return True
 
         def get_loop(self) -> object:

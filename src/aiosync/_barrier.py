@@ -43,7 +43,7 @@ _Fate = Union[str, _Broken]
 # is still running and may fail.
 _FULL, _TRIPPED = "full", "tripped"
 
-_cancelled = methodcaller("cancelled")
+_done = methodcaller("done")
 
 _CANCELLED = "a party was cancelled or interrupted while it waited"
 _GAVE_UP = "a party was cancelled, or ran out of time, as the last one arrived"
@@ -184,8 +184,9 @@ class _Rounds:
 
         :return: False if the round was broken before, or has just been abandoned
         """
-        # Cancelled before we came, although it has not run since: then it was not here with us.
-        if any(map(_cancelled, round.sleepers)):
+        # Cancelled, or out of time, before we came, although it has not run since: then it was not
+        # here with us.
+        if any(map(_done, round.sleepers)):
             round.break_(_GAVE_UP, although_full=False)
         decided = round.decided
         if self.action is not None:

@@ -222,8 +222,8 @@ class HandoffQueue(Generic[T]):
             except KeyError:
                 self.give_back(item)
                 continue
-            # Cancelled, but not run since: it will leave with empty hands.
-            if not waiter.cancelled():
+            # Cancelled, or out of time, but not run since: it will leave with empty hands.
+            if not waiter.done():
                 # In its place before the ticket is drawn: who comes too late for that may read it.
                 claim[0] = item
                 if claim.pop() is _DECIDES:

@@ -118,7 +118,7 @@ class TrioSleeper:
         with _modules["trio"].move_on_after(timeout):
             await self
 
-    def cancelled(self) -> bool:
+    def done(self) -> bool:
         return self._aborted
 
     def get_loop(self) -> object:
@@ -178,7 +178,7 @@ class ThreadSleeper:
     async def at_most(self, timeout: float) -> None:
         self._bell.acquire(True, min(timeout, TIMEOUT_MAX))
 
-    def cancelled(self) -> bool:
+    def done(self) -> bool:
         return False
 
     def get_loop(self) -> object:
@@ -212,7 +212,9 @@ def thread_sleeper() -> ThreadSleeper:
 # What every sleeper does, in the words of asyncio.Future:
 #   await sleeper       Sleep until the bell rings. Once, and by the owner. A cancellation is
 #                       raised, never swallowed; so is an exception from a signal handler.
-#   cancelled()         Whether the owner was cancelled, and will leave as soon as its loop runs it.
+#   done()              Whether the owner was cancelled, or its bell has rung because its time was
+#                       over, so that it will leave as soon as its loop runs it. (If both happen, an
+#                       asyncio.Future knows of the first only.)
 #                       Exact on the thread of that loop. From elsewhere a False may be out of date:
 #                       harmless, the owner finds out what was decided when it tries to leave.
 #   get_loop()          The event loop, the trio token or None (a thread).

@@ -465,8 +465,11 @@ class ConnectionPool(NotCopied, Generic[T]):
     @critical
     def _undo(self, record: Record[T]) -> None:
         """Put back an idle connection that was taken, but not lent."""
-        if record.good_until > self._clock():
+        now = self._clock()
+        if record.good_until > now:
             self._idle.put(record)
+        elif record.expires <= now:
+            self._idle.call_keeper(record)
         else:
             self._idle.dormant.append(record)
             self._idle.call_keeper()
