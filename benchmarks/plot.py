@@ -109,11 +109,14 @@ def _bar_panel(axis: Any, comparisons: list[Comparison]) -> None:
 
 
 def _ticks(axis: Any, label: Callable[[float], str]) -> None:
-    """Label 1, 2 and 5, or the powers of ten where that would be too many."""
+    """Label 1, 2 and 5; or the powers of ten where that would be too many; or some more."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 2000 else (1,)))
+    subs: tuple[float, ...] = (1, 2, 5) if high / low < 2000 else (1,)
+    if high / low < 5:
+        subs = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(lambda value, _: label(value))
     axis.set_minor_formatter(NullFormatter())
 
@@ -142,20 +145,25 @@ def _bar(axis: Any, place: int, comparison: Comparison) -> None:
 
 
 def _lines(outcomes: list[Outcome]) -> Any:
-    """Return a figure of cost against the number of waiters: works by backends."""
+    """Return a figure of cost against the number of waiters: works by backends, or side by side."""
     from matplotlib.figure import Figure
 
     works = list(dict.fromkeys(outcome.work for outcome in outcomes))
     backends = list(dict.fromkeys(outcome.backend for outcome in outcomes))
-    size = (3.6 * len(backends) + 1, 2.7 * len(works) + 0.6)
+    if len(backends) > 1:
+        rows = [[(work, backend) for backend in backends] for work in works]
+    else:
+        rows = [[(work, *backends) for work in works]]
+    size = (3.6 * len(rows[0]) + 1, 2.7 * len(rows) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(works), len(backends), squeeze=False, sharex=True, sharey="row")
-    for row, work in zip(axes, works, strict=True):
-        for axis, backend in zip(row, backends, strict=True):
+    share = "row" if len(backends) > 1 else "none"
+    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False, sharex=True, sharey=share)
+    for line, row in zip(axes, rows, strict=True):
+        for axis, (work, backend) in zip(line, row, strict=True):
             found = [o for o in outcomes if (o.work, o.backend) == (work, backend)]
             _line_panel(axis, found)
             axis.set_title(f"{work}\n{backend}", fontsize=9)
-        row[0].set_ylabel("cost of each waiter")
+        line[0].set_ylabel("cost of each waiter")
     for axis in axes[-1]:
         axis.set_xlabel("waiters")
         axis.set_xticks(sorted({outcome.size for outcome in outcomes}))
