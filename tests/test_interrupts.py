@@ -980,7 +980,8 @@ class Crowd:
 
     async def member(self, number: int) -> None:
         while self.going():
-            self.passes += await visit(self.semaphore, [None, 0.0005, 0][number % 3])
+            passed = await visit(self.semaphore, [None, 0.0005, 0][number % 3])
+            self.passes += passed
             await anyio.lowlevel.checkpoint()
 
     async def watch(self, meanwhile: contextlib.AbstractContextManager[object]) -> None:
