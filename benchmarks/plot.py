@@ -153,7 +153,7 @@ def _lines(outcomes: list[Outcome]) -> Any:
     if len(backends) > 1:
         rows = [[(work, backend) for backend in backends] for work in works]
     else:
-        rows = [[(work, *backends) for work in works]]
+        rows = [[(work, backends[0]) for work in works]]
     size = (3.6 * len(rows[0]) + 1, 2.7 * len(rows) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     share = "row" if len(backends) > 1 else "none"

@@ -107,7 +107,6 @@ class Keeper(Generic[T]):
         # When a connection has to be looked at, in whose hands it may be then. NEVER, which is long
         # ago: at once, because one came, went or was retired, or the sizes have changed.
         self._due = NEVER
-        self._last_failure = NEVER
         self._next_attempt = NEVER
         self._complain_at = NEVER
         # Not later than that of any task that waits, with the `timeout` of the pool.
@@ -284,7 +283,9 @@ class Keeper(Generic[T]):
             number = min(number, self.settings.max_connecting - self.opening)
         for _ in range(min(number, room)):
             self.opening += 1
-            self.start(self._open, now, self.generation, stillborn=self._open_nothing)
+            self.start(
+                self._open, now, self.generation, self.failures, stillborn=self._open_nothing
+            )
 
     def start(
         self, work: Callable[..., Any], *args: object, stillborn: Callable[[], object]
@@ -323,7 +324,7 @@ class Keeper(Generic[T]):
 
     # -- Opening.
 
-    async def _open(self, began: float, generation: int) -> None:
+    async def _open(self, began: float, generation: int, failures: int) -> None:
         record: Record[T] | None = None
         error: BaseException | None = None
         ready = False
@@ -361,7 +362,7 @@ class Keeper(Generic[T]):
             elif record is not None:
                 self.discard(record, "configure", error)
             if error is not None:
-                self._failed(error, began)
+                self._failed(error, failures)
             self.post(self.look)
             del error  # or else it would keep itself, by its traceback
 
@@ -394,7 +395,8 @@ class Keeper(Generic[T]):
             self.last_error = None
             self.ledger.emit("recovered")
 
-    def _failed(self, error: BaseException, began: float) -> None:
+    def _failed(self, error: BaseException, failures: int) -> None:
+        """Take note of a failed attempt, and of how many had failed when it began."""
         self.ledger.count("connections_errors")
         self.last_error = error
         self.ledger.emit("connect_failed", error=error)
@@ -404,11 +406,10 @@ class Keeper(Generic[T]):
             self._complain_at = now + self.settings.reconnect_timeout
             self.ledger.emit("outage", error=error)
         # Of those that were under way together only one counts.
-        if not self.failures or began > self._last_failure:
+        if self.failures in (0, failures):
             delay = min(_FIRST_DELAY * 2**self.failures, _LONGEST_DELAY)
             self.failures = min(self.failures + 1, 30)
             self._next_attempt = now + delay * _chance.uniform(0.5, 1)
-        self._last_failure = now
         if now >= self._complain_at and self.settings.reconnect_failed is not None:
             self._complain_at = now + self.settings.reconnect_timeout
             self.ledger.tell(self.settings.reconnect_failed, self.pool)
