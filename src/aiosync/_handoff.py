@@ -155,7 +155,6 @@ class HandoffQueue(Generic[T]):
         ticket = claim.pop()
         if ticket is _DECIDES:
             self.waiters.pop(waiter, None)
-            return True
         # The deadline, if a matcher took the item back because our loop had closed.
         return ticket is not _COLLECTS
 
