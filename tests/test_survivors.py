@@ -1,0 +1,405 @@
+"""What no other test would notice if it were wrong; found by mutation testing.
+
+What must live here: tests of behaviour that a mutant has survived (see `mutation/mutate.py`) and
+that fits in no other file. Much of it is what another thread, or a signal handler, sees in the
+middle of a call; here it is put in its place by hand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import trio
+from anyio import WouldBlock, create_task_group, wait_all_tasks_blocked
+from helpers import PATIENCE, InThread, until
+
+from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore, as_threading
+from aiosync._barrier import _Round, _Rounds
+from aiosync._handoff import _STOCK, HandoffQueue, new_claim
+from aiosync._park import ThreadSleeper, task_sleeper
+
+Kind = type[Semaphore]
+
+
+@pytest.fixture(params=[Semaphore, BoundedSemaphore])
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+class Bell:
+    """A sleeper of another event loop, that takes note of being woken."""
+
+    def __init__(self, on_bell: Callable[[], object] = bool) -> None:
+        self.bells = 0
+        self.on_bell = on_bell
+
+    def done(self) -> bool:
+        return False
+
+    def get_loop(self) -> object:
+        return self
+
+    def call_from_afar(self) -> None:
+        self.bells += 1
+        self.on_bell()
+
+
+def waiting(*deadlines: float | None) -> tuple[HandoffQueue[Any], list[Bell]]:
+    """Return a queue, and those who wait in it."""
+    queue: HandoffQueue[Any] = HandoffQueue()
+    bells = [Bell() for _ in deadlines]
+    for bell, deadline in zip(bells, deadlines, strict=True):
+        claim = new_claim()
+        claim[1] = deadline
+        queue.join(bell, claim)  # type: ignore[arg-type]
+    return queue, bells
+
+
+# -- In the middle of a release: the permit is there, and is about to go to who waits.
+
+
+@pytest.mark.anyio
+async def test_acquire_does_not_take_what_a_waiter_is_about_to_get(kind: Kind) -> None:
+    semaphore = kind(1)
+    await semaphore.acquire()
+    served: list[str] = []
+
+    async def wait(name: str) -> None:
+        await semaphore.acquire()
+        served.append(name)
+        semaphore.release()
+
+    async with create_task_group() as tg:
+        tg.start_soon(wait, "waiter")
+        await wait_all_tasks_blocked()
+        semaphore._queue.items.append(True)  # another thread has begun to release
+        tg.start_soon(wait, "newcomer")
+        await wait_all_tasks_blocked()
+        semaphore._queue.match()  # and goes on
+    assert served == ["waiter", "newcomer"]
+
+
+@pytest.mark.anyio
+async def test_it_is_locked_for_others_while_a_waiter_is_about_to_get_what_is_free(
+    kind: Kind,
+) -> None:
+    semaphore = kind(1)
+    await semaphore.acquire()
+    async with create_task_group() as tg:
+        tg.start_soon(semaphore.acquire)
+        await wait_all_tasks_blocked()
+        semaphore._queue.items.append(True)
+        assert semaphore.locked()
+        semaphore._queue.match()
+
+
+def test_a_vain_acquire_nowait_is_none_that_may_be_released() -> None:
+    semaphore = BoundedSemaphore(1)
+    semaphore.acquire_nowait()
+    with pytest.raises(WouldBlock):
+        semaphore.acquire_nowait()
+    semaphore.release()
+    with pytest.raises(ValueError, match="released too often"):
+        semaphore.release()
+
+
+def test_a_stock_that_holds_all_permits_needs_no_reserve() -> None:
+    queue: HandoffQueue[bool] = HandoffQueue()
+    for _ in range(10):
+        queue.put_equal(True, _STOCK)
+        for _ in range(_STOCK):
+            assert queue.take_or(False)
+    assert not queue.reserves, "an empty reserve for each release of many, for ever"
+
+
+def test_who_waits_gets_one_of_many_without_more_than_a_stock_being_laid_out() -> None:
+    queue, bells = waiting(*[None] * 20)
+    queue.put_equal(True, 1_000_000)
+    assert [bell.bells for bell in bells] == [1] * 20
+    assert queue.free() == 1_000_000 - 20
+    assert len(queue.items) <= _STOCK
+
+
+# -- A matcher whom another thread, or a signal handler, anticipates.
+
+
+def test_a_matcher_looks_at_the_items_last_since_they_come_from_the_reserves() -> None:
+    queue, (bell,) = waiting(None)
+
+    class Moved(deque[Any]):
+        """Another thread moves the last reserve as this one comes to look at it."""
+
+        def __bool__(self) -> bool:
+            queue.items.append(True)
+            queue.reserves = deque()
+            return False
+
+    queue.reserves = Moved()
+    queue.match()
+    assert bell.bells == 1
+
+
+def test_a_matcher_that_gives_back_an_item_looks_again() -> None:
+    queue, (first, late) = waiting(None, None)
+    queue.items.append(True)
+
+    class Fleeting(OrderedDict[Any, Any]):
+        """The only waiter leaves; another one comes and finds the item taken by the matcher."""
+
+        fled = False
+
+        def popitem(self, last: bool = True) -> Any:
+            if not self.fled:
+                self.fled = True
+                del self[first]
+                raise KeyError
+            return super().popitem(last)
+
+    queue.waiters = Fleeting(queue.waiters)
+    queue.match()
+    assert (first.bells, late.bells, queue.free()) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("what", ["cancel", "release"])
+def test_a_waiter_that_is_woken_just_before_it_is_handed_something_does_no_harm(what: str) -> None:
+    class Struck(asyncio.Future[None]):
+        """A signal handler comes after the matcher has looked whether this is done."""
+
+        def get_loop(self) -> asyncio.AbstractEventLoop:
+            if not self.done():
+                self.cancel() if what == "cancel" else self.set_result(None)
+            return super().get_loop()
+
+    async def main() -> None:
+        queue: HandoffQueue[str] = HandoffQueue()
+        waiter, claim = Struck(), new_claim()
+        queue.join(waiter, claim)
+        queue.put("item")
+        assert queue.leave(waiter, claim) is False
+        assert claim[0] == "item"
+
+    asyncio.run(main())
+
+
+# -- Deadlines that somebody else keeps.
+
+
+@pytest.mark.parametrize(
+    ("now", "woken", "following"),
+    [
+        (0.5, [0, 0, 0, 0], 1.0),
+        (1.0, [1, 0, 0, 0], 2.0),
+        (2.5, [1, 0, 1, 0], 3.0),
+        (9.0, [1, 0, 1, 1], float("inf")),
+    ],
+)
+def test_expire_wakes_whose_deadline_is_over_and_tells_the_next(
+    now: float, woken: list[int], following: float
+) -> None:
+    queue, bells = waiting(1.0, None, 2.0, 3.0)
+    assert queue.expire(now) == following
+    assert [bell.bells for bell in bells] == woken
+    assert len(queue.waiters) == 4  # they leave by themselves
+
+
+def test_expire_looks_again_if_somebody_leaves_meanwhile() -> None:
+    queue, bells = waiting(1.0, 2.0, 3.0, 9.0)
+    bells[0].on_bell = lambda: queue.waiters.pop(bells[0], None)  # type: ignore[call-overload]
+    assert queue.expire(5.0) == 9.0
+    assert [bool(bell.bells) for bell in bells] == [True, True, True, False]
+
+
+@pytest.mark.anyio
+async def test_who_waits_until_a_deadline_gets_the_default_then_or_the_item_before() -> None:
+    queue: HandoffQueue[str] = HandoffQueue()
+    results: list[object] = []
+
+    async def wait(deadline: float) -> None:
+        results.append(await queue.wait(task_sleeper(), None, "default", deadline))
+
+    async with create_task_group() as tg:
+        for deadline in (1.0, 2.0):
+            tg.start_soon(wait, deadline)
+            await wait_all_tasks_blocked()
+        assert queue.expire(0.0) == 1.0
+        assert queue.expire(1.0) == 2.0
+        await wait_all_tasks_blocked()
+        assert results == ["default"]
+        queue.put("item")
+    assert results == ["default", "item"]
+    assert (queue.free(), len(queue.waiters), queue.line) == (0, 0, [])
+
+
+# -- Barriers.
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("parties", [2, 3])
+async def test_the_last_to_arrive_goes_on_without_a_checkpoint(parties: int) -> None:
+    barrier = Barrier(parties)
+    async with create_task_group() as tg:
+        for _ in range(parties - 1):
+            tg.start_soon(barrier.wait)
+        await wait_all_tasks_blocked()
+        with pytest.raises(StopIteration) as stop:
+            barrier.wait().send(None)
+        assert stop.value.value == parties - 1
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("timeout", [0, -0.5, -1])
+async def test_no_patience_breaks_the_barrier_without_a_checkpoint(timeout: float) -> None:
+    with pytest.raises(BrokenBarrierError, match="longer than its timeout"):
+        Barrier(2).wait(timeout).send(None)
+
+
+def test_a_thread_without_patience_that_comes_while_the_action_runs_waits_for_its_end() -> None:
+    began, proceed = threading.Event(), threading.Event()
+
+    def action() -> None:
+        began.set()
+        assert proceed.wait(PATIENCE)
+
+    view = as_threading(Barrier(2, action))
+    parties = [InThread(view.wait), InThread(view.wait)]
+    assert began.wait(PATIENCE)
+    late = InThread(lambda: view.wait(0))
+    until(lambda: "latecomers" in view._shared._rounds.latest.decided)
+    assert not late.done()
+    proceed.set()
+    assert {party.result() for party in parties} == {0, 1}
+    assert isinstance(late.result(), BrokenBarrierError)
+
+
+def test_who_is_interrupted_before_it_has_arrived_does_not_end_the_action_of_others() -> None:
+    began, proceed = threading.Event(), threading.Event()
+
+    def action() -> None:
+        began.set()
+        assert proceed.wait(PATIENCE)
+
+    class Interrupt(BaseException):
+        pass
+
+    class Places(list[int]):
+        def pop(self, index: Any = -1) -> int:
+            raise Interrupt
+
+    view = as_threading(Barrier(2, action))
+    parties = [InThread(view.wait), InThread(view.wait)]
+    assert began.wait(PATIENCE)
+    view._shared._rounds.latest.places = Places()
+    with pytest.raises(Interrupt):
+        view.wait()
+    assert not view.broken
+    proceed.set()
+    assert {party.result() for party in parties} == {0, 1}
+
+
+@pytest.mark.parametrize("how", ["reset", "trip"])
+def test_a_round_that_is_over_leads_to_the_current_one(how: str) -> None:
+    barrier = Barrier(2)
+    rounds = barrier._rounds
+    old = rounds.latest
+    for _ in range(2):
+        if how == "trip":
+            party = InThread(as_threading(barrier).wait)
+            until(lambda: barrier.n_waiting == 1)
+            assert as_threading(barrier).wait() == 1
+            assert party.result() == 0
+        else:
+            barrier.abort()
+            barrier.reset()
+    new = rounds.current()
+    rounds.latest = old  # a slow thread does now what it was about to do then
+    assert (barrier.broken, barrier.n_waiting) == (False, 0)
+    assert rounds.current() is new
+    rounds.latest = old
+    barrier.abort()
+    assert barrier.broken
+    assert new.fate is not None
+
+
+# -- KeyboardInterrupt under trio, which is raised in no function that is marked as critical.
+
+
+def _round() -> _Round:
+    return _Round([0])
+
+
+# Functions that change what is shared, and arguments for them.
+CRITICAL: list[tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = [
+    (HandoffQueue.put, lambda: (HandoffQueue(), 1)),
+    (HandoffQueue.put_equal, lambda: (HandoffQueue(), 1, 1)),
+    (HandoffQueue.take_or, lambda: (HandoffQueue(), None)),
+    (HandoffQueue.join, lambda: (HandoffQueue(), task_sleeper(), new_claim())),
+    (HandoffQueue.leave, lambda: (HandoffQueue(), task_sleeper(), new_claim())),
+    (HandoffQueue.wait, lambda: (HandoffQueue([1]), task_sleeper(), None, None)),
+    (HandoffQueue.match, lambda: (HandoffQueue(),)),
+    (HandoffQueue.give_back, lambda: (HandoffQueue(), 1)),
+    (HandoffQueue._restock, lambda: (HandoffQueue(),)),
+    (Semaphore.acquire, lambda: (Semaphore(),)),
+    (Semaphore._acquire_slowly, lambda: (Semaphore(), False, None)),
+    (Semaphore._answer, lambda: (Semaphore(), False)),
+    (Semaphore.acquire_nowait, lambda: (Semaphore(),)),
+    (Semaphore.release, lambda: (Semaphore(),)),
+    (BoundedSemaphore.acquire, lambda: (BoundedSemaphore(),)),
+    (BoundedSemaphore.acquire_nowait, lambda: (BoundedSemaphore(),)),
+    (BoundedSemaphore.release, lambda: (_acquired(),)),
+    (BoundedSemaphore._claim, lambda: (_acquired(), 1)),
+    (_Round.break_, lambda: (_round(), "reason")),
+    (_Round.wake, lambda: (_round(),)),
+    (_Round.wake_a_thread, lambda: (_round(),)),
+    (_Round.leave, lambda: (_round(), ThreadSleeper())),
+    (_Rounds.after, lambda: (_Rounds(2, None), _round())),
+    (_Rounds.fill, lambda: (_Rounds(2, None), _round())),
+    (_Rounds.trip, lambda: (_Rounds(2, None), _round())),
+    (_Rounds.abort, lambda: (_Rounds(2, None),)),
+    (_Rounds.reset, lambda: (_Rounds(2, None),)),
+    (Barrier.wait, lambda: (Barrier(1),)),
+]
+
+
+def _acquired() -> BoundedSemaphore:
+    semaphore = BoundedSemaphore()
+    semaphore.acquire_nowait()
+    return semaphore
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"), CRITICAL, ids=[function.__qualname__ for function, _ in CRITICAL]
+)
+def test_no_keyboard_interrupt_of_trio_is_raised_in_the_middle_of(
+    function: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]]
+) -> None:
+    code: Any = function.__code__
+    protected: list[bool] = []
+
+    def look(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call" and frame.f_code is code:
+            protected.append(trio.lowlevel.currently_ki_protected())
+
+    async def main() -> None:
+        given = arguments()
+        task_sleeper()  # the first makes trio know what is critical
+        assert not trio.lowlevel.currently_ki_protected()
+        options = {"although_full": False} if function is _Round.break_ else {}
+        before = sys.getprofile()
+        sys.setprofile(look)
+        try:
+            result = function(*given, **options)
+            if hasattr(result, "__await__"):
+                await result
+        finally:
+            sys.setprofile(before)
+
+    trio.run(main)
+    assert protected
+    assert all(protected)
