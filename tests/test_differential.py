@@ -19,30 +19,37 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
+from functools import partial
 from inspect import isawaitable
 from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import pytest
-from helpers import InThread, until
-from hypothesis import HealthCheck, given, settings
+from helpers import PATIENCE, InThread
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from aiosync import Barrier, BoundedSemaphore, Semaphore, as_threading
 
 LONG = os.environ.get("AIOSYNC_EXPLORE") == "long"
 examine = settings(
-    max_examples=3000 if LONG else 60,
+    max_examples=5000 if LONG else 120,
     derandomize=not LONG,
     deadline=None,
     database=None,
     print_blob=True,
+    phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
+
+# To make a failure short takes minutes if somebody waits for ever.
+pytestmark = pytest.mark.timeout(600)
 
 # What an operation is called, and its arguments.
 Operation = tuple[Any, ...]
@@ -73,8 +80,12 @@ class World(ABC):
         """Return when all that was begun has ended or waits."""
 
     @abstractmethod
-    async def use(self, semaphore: Any) -> None:
-        """Enter and leave a ``with`` of either kind."""
+    def new_gate(self) -> Any:
+        """Return an event that somebody waits for, to be set by the program."""
+
+    @abstractmethod
+    def use(self, semaphore: Any, inside: dict[int, Any], number: int, gate: Any) -> Any:
+        """Enter a ``with`` of either kind, tell that by ``inside[number]``, and wait for `gate`."""
 
     async def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> object:
         """Make a call that does not wait, and return what it returns or raises, to be compared."""
@@ -86,6 +97,10 @@ class World(ABC):
 
 
 class Threads(World):
+    # How long they may take to come to rest, in seconds. Once they have not, less time is enough
+    # for those programs that are tried to find the shortest one.
+    patience = PATIENCE
+
     def __init__(self) -> None:
         self.begun: list[InThread] = []
 
@@ -94,12 +109,21 @@ class Threads(World):
         self.begun.append(job)
         return lambda: (True, told(job.result())) if job.done() else (False, None)
 
-    async def use(self, semaphore: Any) -> None:
-        with semaphore:
-            pass
+    new_gate = threading.Event
+
+    def use(self, semaphore: Any, inside: dict[int, Any], number: int, gate: Any) -> None:
+        with semaphore as entered:
+            inside[number] = gate
+            assert entered is True
+            gate.wait()
 
     async def rest(self, waiting: Callable[[], int]) -> None:
-        until(lambda: sum(not job.done() for job in self.begun) == waiting())
+        deadline = time.monotonic() + Threads.patience
+        while sum(not job.done() for job in self.begun) != waiting():
+            if time.monotonic() > deadline:
+                Threads.patience = 0.5
+                raise AssertionError("somebody has been told nothing")
+            time.sleep(0.0002)
 
 
 class Threading(Threads):
@@ -135,14 +159,20 @@ class Tasks(World):
                 ends.append(told(error))
 
         self.tasks.start_soon(run)
-        await anyio.wait_all_tasks_blocked()
+        await self.rest(int)
         return lambda: (bool(ends), ends[0] if ends else None)
 
-    async def use(self, semaphore: Any) -> None:
-        async with semaphore:
-            pass
+    new_gate = anyio.Event
+
+    async def use(self, semaphore: Any, inside: dict[int, Any], number: int, gate: Any) -> None:
+        async with semaphore as entered:
+            inside[number] = gate
+            assert entered is True
+            await gate.wait()
 
     async def rest(self, waiting: Callable[[], int]) -> None:
+        for _ in range(20):
+            await anyio.lowlevel.checkpoint()  # or else anyio sleeps for 0.1 seconds under asyncio
         await anyio.wait_all_tasks_blocked()
 
 
@@ -173,13 +203,17 @@ def compare(program: Callable[[World], Coroutine[Any, Any, History]]) -> None:
 
 # -- Semaphores.
 
-a_semaphore_operation: st.SearchStrategy[Operation] = st.one_of(
-    st.tuples(st.just("acquire"), st.sampled_from([0, 0.0, -1, -0.5])),
-    st.just(("acquire without blocking",)),
-    st.just(("acquire with contradictory arguments",)),
-    st.just(("use",)),
-    st.just(("begin to acquire",)),
-    st.tuples(st.just("release"), st.sampled_from([1, 1, 1, 2, 3, 0, -1])),
+# What is to be done often stands here more than once.
+a_semaphore_operation: st.SearchStrategy[Operation] = st.sampled_from(
+    [
+        *[("begin to acquire",)] * 10,
+        *[("release", n) for n in (1, 1, 1, 1, 2, 2, 3, 3, 0, -1)],
+        *[("acquire", timeout) for timeout in (0, 0.0, -1, -0.5)],
+        *[("acquire without blocking",)] * 2,
+        ("acquire with contradictory arguments",),
+        *[("begin to use",)] * 5,
+        *[("end to use",)] * 5,
+    ]
 )
 
 
@@ -198,10 +232,16 @@ def with_a_semaphore(
         semaphore = world.semaphores[kind](value)
         history: History = []
         begun: list[Callable[[], tuple[bool, object]]] = []
+        # Who is inside of a ``with``, by his number, and what he waits for there.
+        inside: dict[int, Any] = {}
 
         async def rest() -> None:
-            await world.rest(lambda: waiters(semaphore))
+            await world.rest(lambda: waiters(semaphore) + len(inside))
             history.append([end() for end in begun])
+
+        async def go_outside() -> None:
+            inside.pop(min(inside)).set()
+            await rest()
 
         for name, *args in program:
             history.append(name)
@@ -211,19 +251,25 @@ def with_a_semaphore(
                 history.append(await world.call(semaphore.acquire, False))
             elif name == "acquire with contradictory arguments":
                 history.append(await world.call(semaphore.acquire, False, 1))
-            elif name == "use":
-                if await world.call(semaphore.acquire, blocking=False):
-                    history.append(await world.call(semaphore.release))
-                    await world.use(semaphore)
+            elif name == "begin to use":
+                new = (semaphore, inside, len(begun), world.new_gate())
+                begun.append(await world.start(partial(world.use, *new)))
+            elif name == "end to use":
+                if inside:
+                    await go_outside()
             elif name == "begin to acquire":
                 begun.append(await world.start(semaphore.acquire))
             else:
                 history.append(await world.call(semaphore.release, *args))
             await rest()
         # All who wait are let go; then it is counted how many permits there are.
-        while not all(end()[0] for end in begun):
-            history.append(await world.call(semaphore.release))
-            await rest()
+        for _ in begun * 2:
+            if inside:
+                await go_outside()
+            elif not all(end()[0] for end in begun):
+                history.append(await world.call(semaphore.release))
+                await rest()
+        assert all(end()[0] for end in begun), "somebody waits for ever"
         free = 0
         while await world.call(semaphore.acquire, False):
             free += 1
@@ -234,7 +280,7 @@ def with_a_semaphore(
 
 @pytest.mark.parametrize("kind", ["plain", "bounded"])
 @examine
-@given(st.integers(0, 3), st.lists(a_semaphore_operation, max_size=12))
+@given(st.sampled_from([0, 0, 1, 2, 3]), st.lists(a_semaphore_operation, min_size=3, max_size=12))
 def test_semaphores_have_the_same_history(kind: str, value: int, program: Program) -> None:
     if kind == "bounded":
         # Who waits there can be let go only by those who hold a permit.
@@ -244,11 +290,13 @@ def test_semaphores_have_the_same_history(kind: str, value: int, program: Progra
 
 # -- Barriers.
 
-a_barrier_operation: st.SearchStrategy[Operation] = st.one_of(
-    st.tuples(st.just("begin to wait"), st.sampled_from([None, None, None, 60])),
-    st.tuples(st.just("begin to wait"), st.sampled_from([0, -1])),
-    st.just(("abort",)),
-    st.just(("reset",)),
+a_barrier_operation: st.SearchStrategy[Operation] = st.sampled_from(
+    [
+        *[("begin to wait", None)] * 9,
+        *[("begin to wait", timeout) for timeout in (60, 0, -1)],
+        *[("reset",)] * 3,
+        ("abort",),
+    ]
 )
 # In which rounds the action raises, if there is one.
 an_action = st.none() | st.sets(st.integers(0, 3), max_size=2)
@@ -260,6 +308,8 @@ def with_a_barrier(
     async def run(world: World) -> History:
         history: History = []
         begun: list[Callable[[], tuple[bool, object]]] = []
+        # Of those the ones that never wait.
+        hasty: list[Callable[[], tuple[bool, object]]] = []
         rounds: list[None] = []
 
         def action() -> None:
@@ -269,14 +319,24 @@ def with_a_barrier(
             if failing is not None and number in failing:
                 raise ZeroDivisionError
 
+        def waiting() -> int:
+            """How many wait; or a number that can't be, if somebody is about to change that."""
+            number: int = barrier.n_waiting
+            # The last one to arrive counts as well until it trips the barrier, and who has no time
+            # to wait until it breaks it.
+            return number if number < parties and all(end()[0] for end in hasty) else -1
+
         barrier = world.barrier(parties, None if failing is None else action, timeout)
         for name, *args in program:
             history.append(name)
             if name == "begin to wait":
                 begun.append(await world.start(lambda: barrier.wait(args[0])))  # noqa: B023
+                patience = timeout if args[0] is None else args[0]
+                if patience is not None and patience <= 0:
+                    hasty.append(begun[-1])
             else:
                 history.append(await world.call(getattr(barrier, name)))
-            await world.rest(lambda: barrier.n_waiting)
+            await world.rest(waiting)
             history.append((barrier.parties, barrier.n_waiting, barrier.broken))
             history.append([end() for end in begun])
         await world.call(barrier.abort)
@@ -288,10 +348,10 @@ def with_a_barrier(
 
 @examine
 @given(
-    st.integers(1, 3),
+    st.sampled_from([2, 3, 3, 1]),
     an_action,
-    st.sampled_from([None, None, 60, 0]),
-    st.lists(a_barrier_operation, max_size=12),
+    st.sampled_from([None, None, None, None, 60, 0]),
+    st.lists(a_barrier_operation, min_size=3, max_size=12),
 )
 def test_barriers_have_the_same_history(
     parties: int, failing: set[int] | None, timeout: float | None, program: Program
