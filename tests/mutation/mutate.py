@@ -300,8 +300,12 @@ def run_tests(copy: Path, tests: list[str], how: dict[str, Any]) -> str:
         return "it hangs"
     if process.returncode == 0:
         return ""
-    failures = re.findall(r"^(?:FAILED|ERROR) (.*)|Timeout \(>", output, re.MULTILINE)
-    return str(next(filter(None, failures), output[-300:]))
+    if process.returncode == -signal.SIGTERM:
+        raise SystemExit("somebody has ended the tests")
+    if "+ Timeout +" in output:
+        return "it hangs"
+    failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    return failures[0] if failures else output[-300:]
 
 
 def judge(copy: Path, mutant: Mutant, *, thoroughly: bool) -> tuple[str, str]:
