@@ -27,6 +27,23 @@ if sys.version_info >= (3, 12):
     _BACKENDS.append(pytest.param(("asyncio", {"loop_factory": _eager_loop}), id="eager"))
 
 
+def pytest_configure() -> None:
+    """Let no signal handler run while the tracer of coverage holds its lock.
+
+    That tracer takes and frees a lock around every call that it sees, by methods in Python. A
+    signal handler that runs inside of one of them finds the lock taken by the very thread that it
+    interrupts: with what it calls itself it waits for ever, and an exception that it raises leaves
+    the lock taken for ever. The lock's own methods cannot be interrupted.
+    """
+    tracer: Any = sys.gettrace()
+    collector = getattr(getattr(tracer, "lock_data", None), "__self__", None)
+    lock = getattr(collector, "data_lock", None)
+    if collector is not None and lock is not None:
+        # The collector's are what the tracers of the threads to come are given.
+        tracer.lock_data = collector.lock_data = lock.acquire
+        tracer.unlock_data = collector.unlock_data = lock.release
+
+
 @pytest.fixture(params=_BACKENDS)
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     """Run a test under every event loop that is supported."""
