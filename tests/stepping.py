@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 import anyio
 import trio
 import trio.testing
+from virtual_time import VirtualLoop
 
 # How long something may take that happens at once unless it never happens.
 PATIENCE = 20.0
@@ -227,13 +228,6 @@ class _Selector(selectors.DefaultSelector):
         return found
 
 
-class _VirtualLoop(asyncio.SelectorEventLoop):
-    now = 1000.0
-
-    def time(self) -> float:
-        return self.now
-
-
 class AsyncioStepper(Stepper):
     name = "asyncio"
 
@@ -241,7 +235,7 @@ class AsyncioStepper(Stepper):
         return self._loop.now
 
     def _run(self) -> None:
-        loop = self._loop = _VirtualLoop(_Selector(self._goes_round, self._at_rest))
+        loop = self._loop = VirtualLoop(_Selector(self._goes_round, self._at_rest))
         asyncio.set_event_loop(None)
         self._tasks: set[asyncio.Task[None]] = set()
         try:

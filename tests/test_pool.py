@@ -16,7 +16,6 @@ import math
 import pickle
 import random
 import re
-import selectors
 import subprocess
 import sys
 import textwrap
@@ -35,6 +34,7 @@ import trio
 import trio.abc
 import trio.testing
 from anyio import CancelScope, WouldBlock, create_task_group
+from virtual_time import run_virtually, skip_time, spun, virtual
 
 from aiosync import ConnectionPool, PoolClosed, PoolEvent, PoolTimeout, TooManyRequests
 
@@ -140,82 +140,6 @@ async def settle() -> None:
         calm = 0 if any(waiter is None or waiter.done() for waiter in waits_for) else calm + 1
 
 
-class VirtualTime:
-    """What virtual clocks have in common: they notice a task that never lets time pass."""
-
-    patience = 5000
-    spun = False
-    _steps = 0
-
-    def step(self) -> bool:
-        """Take note that something runs. Return True if time had better pass all the same."""
-        self._steps += 1
-        if self._steps < self.patience:
-            return False
-        self._steps = 0
-        VirtualTime.spun = True
-        return True
-
-    def passes(self) -> None:
-        self._steps = 0
-
-
-def spun() -> bool:
-    """Tell whether since the last call some task ran all the time, while time stood still."""
-    answer, VirtualTime.spun = VirtualTime.spun, False
-    return answer
-
-
-class _JumpingSelector(selectors.DefaultSelector):
-    """Instead of waiting it lets the clock of its loop jump."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loop: VirtualLoop
-        self.time = VirtualTime()
-
-    def select(self, timeout: float | None = None) -> Any:
-        ready = super().select(0)
-        if not ready:
-            if timeout is None:
-                raise RuntimeError("every task waits for ever")
-            if timeout > 0:
-                self.loop.now += timeout
-                self.time.passes()
-            elif self.time.step():
-                self.loop.now += 1
-        return ready
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An asyncio loop whose time is virtual. It complains if nothing would ever happen again."""
-
-    now = 1000.0
-
-    def __init__(self) -> None:
-        selector = _JumpingSelector()
-        super().__init__(selector)
-        selector.loop = self
-
-    def time(self) -> float:
-        return self.now
-
-
-class _SpinWatch(trio.abc.Instrument):
-    def __init__(self, clock: trio.testing.MockClock) -> None:
-        self.clock = clock
-        self.time = VirtualTime()
-        self.now = clock.current_time()
-
-    def before_task_step(self, task: object) -> None:
-        now = self.clock.current_time()
-        if now != self.now:
-            self.now = now
-            self.time.passes()
-        elif self.time.step():
-            self.clock.jump(1)
-
-
 class Virtual:
     """A base of test classes whose async tests run in virtual time."""
 
@@ -230,34 +154,9 @@ class Virtual:
         assert not spun(), "some task ran all the time"
 
 
-def virtual(backend_name: str) -> tuple[str, dict[str, Any]]:
-    if backend_name == "trio":
-        clock = trio.testing.MockClock(autojump_threshold=0)
-        return "trio", {"clock": clock, "instruments": [_SpinWatch(clock)]}
-    return "asyncio", {"loop_factory": VirtualLoop}
-
-
 in_virtual_asyncio = pytest.mark.parametrize(
     "anyio_backend", [virtual("asyncio")], ids=["asyncio"]
 )  # which, unlike trio, runs tasks in an order that is known
-
-
-def run_virtually(backend_name: str, main: Callable[[], Awaitable[Any]]) -> Any:
-    """Run a whole event loop, from its beginning to its end."""
-    name, options = virtual(backend_name)
-    return anyio.run(main, backend=name, backend_options=options)
-
-
-def skip_time(seconds: float) -> None:
-    """Let time pass in which the event loop does nothing, as if a task had blocked it."""
-    if sniffio.current_async_library() == "trio":
-        clock = trio.lowlevel.current_clock()
-        assert isinstance(clock, trio.testing.MockClock)
-        clock.jump(seconds)
-    else:
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, VirtualLoop)
-        loop.now += seconds
 
 
 async def never() -> None:

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import selectors
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 import anyio
 import pytest
-import trio
-import trio.testing
+from virtual_time import run_virtually, spun
 
 from aiosync import ConnectionPool, PoolClosed, PoolEvent, PoolTimeout
 from aiosync._pool._keeper import Keeper
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
 
 # In virtual seconds: who waits for so long waits in vain.
 FOR_EVER = 1e7
@@ -31,54 +27,25 @@ FOR_EVER = 1e7
 EXACT = 1e-6
 
 
-class JumpingSelector(selectors.DefaultSelector):
-    """Waits in virtual time: what would take time is over at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 1000.0
-
-    def select(self, timeout: float | None = None) -> Any:
-        assert timeout is not None, "everybody waits for ever"
-        self.now += max(0.0, timeout)
-        return super().select(0)
+Main = Callable[[], Awaitable[None]]
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._jumping = JumpingSelector()
-        super().__init__(self._jumping)
-
-    def time(self) -> float:
-        return self._jumping.now
-
-
-def run_asyncio(main: Callable[[], Awaitable[None]]) -> None:
-    async def limited() -> None:
-        with anyio.fail_after(FOR_EVER):
-            await main()
-
-    loop = VirtualLoop()
-    try:
-        loop.run_until_complete(limited())
-        assert not asyncio.all_tasks(loop)
-    finally:
-        loop.close()
-
-
-def run_trio(main: Callable[[], Awaitable[None]]) -> None:
-    async def limited() -> None:
-        with anyio.fail_after(FOR_EVER):
-            await main()
-
-    trio.run(limited, clock=trio.testing.MockClock(autojump_threshold=0))
-
-
-@pytest.fixture(params=[run_asyncio, run_trio], ids=["asyncio", "trio"])
-def run(request: pytest.FixtureRequest) -> Callable[[Callable[[], Awaitable[None]]], None]:
+@pytest.fixture(params=["asyncio", "trio"])
+def run(request: pytest.FixtureRequest) -> Iterator[Callable[[Main], None]]:
     """What runs a function in virtual time."""
-    found: Callable[[Callable[[], Awaitable[None]]], None] = request.param
-    return found
+
+    def run_limited(main: Main) -> None:
+        async def limited() -> None:
+            with anyio.fail_after(FOR_EVER):
+                await main()
+            if request.param == "asyncio":
+                assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        run_virtually(request.param, limited)
+
+    spun()
+    yield run_limited
+    assert not spun(), "some task ran all the time"
 
 
 @pytest.fixture(autouse=True)

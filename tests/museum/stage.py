@@ -14,7 +14,6 @@ import enum
 import gc
 import importlib.util
 import math
-import selectors
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
@@ -23,6 +22,7 @@ from typing import Any
 import anyio
 import trio
 import trio.testing
+from virtual_time import JumpingSelector, VirtualLoop
 
 # In virtual seconds: who waits for so long, waits in vain.
 FOR_EVER = 1e5
@@ -207,10 +207,7 @@ class _UvloopStage(AsyncioStage):
     for_ever = 10.0
 
 
-class JumpingSelector(selectors.DefaultSelector):
-    """Waits in virtual time: what would take time is over at once."""
-
-    now = 1000.0
+class _Selector(JumpingSelector):
     # How often in a row somebody had something to do.
     busy = 0
 
@@ -220,17 +217,7 @@ class JumpingSelector(selectors.DefaultSelector):
         self.busy = 0 if timeout > 0 else self.busy + 1
         if self.busy > 100_000:
             raise Symptom("somebody is busy for ever")
-        self.now += max(0.0, timeout)
-        return super().select(0)
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._jumping = JumpingSelector()
-        super().__init__(self._jumping)
-
-    def time(self) -> float:
-        return self._jumping.now
+        return super().select(timeout)
 
 
 Scenario = Callable[[Stage], Awaitable[None]]
@@ -275,18 +262,18 @@ def _run(loop: asyncio.AbstractEventLoop, main: Awaitable[None]) -> None:
 
 
 def _on_asyncio(scenario: Scenario) -> None:
-    _run(VirtualLoop(), _natively(AsyncioStage(), scenario))
+    _run(VirtualLoop(_Selector()), _natively(AsyncioStage(), scenario))
 
 
 def _on_eager(scenario: Scenario) -> None:
     if sys.version_info >= (3, 12):
-        loop = VirtualLoop()
+        loop = VirtualLoop(_Selector())
         loop.set_task_factory(asyncio.eager_task_factory)
         _run(loop, _natively(AsyncioStage(), scenario))
 
 
 def _on_scopes(scenario: Scenario) -> None:
-    _run(VirtualLoop(), _in_scopes(ScopesStage, scenario))
+    _run(VirtualLoop(_Selector()), _in_scopes(ScopesStage, scenario))
 
 
 def _on_uvloop(scenario: Scenario) -> None:
