@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import math
 import random
 import signal
 import sys
@@ -33,6 +34,7 @@ from aiosync import (
     as_threading,
 )
 from aiosync._bridge import ThreadConnectionPool
+from aiosync._park import run_in_thread, thread_sleeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -658,16 +660,35 @@ class TestTheLoopOfThePoolHasEnded:
         backend.check_all_closed()
 
     def test_a_loop_that_was_closed_with_tasks_on_it_serves_nobody(self) -> None:
-        with abandoned() as (view, _):
+        with abandoned(PATIENCE) as (view, _):
             with pytest.raises(PoolClosed, match="has ended, without closing the pool"):
                 start(view.acquire).result(PATIENCE)
             with pytest.raises(PoolClosed, match="has ended, without closing the pool"):
                 start(lambda: view.acquire(PATIENCE)).result(PATIENCE)
 
-    @pytest.mark.xfail(strict=True, reason="nobody tells those who wait already")
-    def test_a_loop_that_was_closed_with_tasks_on_it_leaves_nobody_waiting(self) -> None:
-        with abandoned() as (_, future), pytest.raises(PoolClosed):
+    @pytest.mark.parametrize("timeout", [PATIENCE, math.inf])
+    def test_a_loop_that_was_closed_with_tasks_on_it_leaves_nobody_waiting(
+        self, timeout: float
+    ) -> None:
+        with abandoned(timeout) as (_, future), pytest.raises(PoolClosed, match="has ended"):
             future.result(PATIENCE)
+
+    def test_a_thread_looks_for_that_before_it_says_that_its_time_is_over(self) -> None:
+        looks: list[float] = []
+
+        def look() -> None:
+            looks.append(timeout)
+            if len(looks) == 2:
+                raise PoolClosed
+
+        for timeout in (0.01, 0.02):
+            sleeper = thread_sleeper(look)
+            if timeout == 0.02:
+                with pytest.raises(PoolClosed):
+                    run_in_thread(sleeper.at_most(timeout))
+            else:
+                run_in_thread(sleeper.at_most(timeout))
+        assert looks == [0.01, 0.02]
 
 
 def ignore(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -675,10 +696,12 @@ def ignore(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 
 
 @contextmanager
-def abandoned() -> Iterator[tuple[ThreadConnectionPool[Connection], Future[Connection]]]:
+def abandoned(
+    timeout: float,
+) -> Iterator[tuple[ThreadConnectionPool[Connection], Future[Connection]]]:
     """Open a pool of one connection, which is borrowed; let a thread wait; close the loop."""
     backend = Backend()
-    pool = backend.pool(timeout=1)
+    pool = backend.pool(timeout=timeout)
     view = as_threading(pool)
     loop = asyncio.new_event_loop()
     loop.set_exception_handler(ignore)  # it will miss the tasks

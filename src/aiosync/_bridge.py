@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from ._barrier import Barrier
 from ._errors import NotCopied
-from ._park import run_in_thread, thread_sleeper
+from ._park import run_in_thread
 from ._pool import Borrowing, ConnectionPool
 from ._semaphore import BoundedSemaphore, Semaphore
 
@@ -193,7 +193,7 @@ class ThreadConnectionPool(NotCopied, Generic[T]):
         :raises PoolClosed: also if the event loop of the pool has ended without closing it
         :raises RuntimeError: if it would have to wait, and an event loop is running on this thread
         """
-        return run_in_thread(self._shared._take(timeout, thread_sleeper))
+        return run_in_thread(self._shared._take(timeout, False))
 
     def acquire_nowait(self) -> T:
         """Do what `ConnectionPool.acquire_nowait` does.
@@ -249,7 +249,7 @@ class ThreadCheckout(Borrowing[T]):
 
         :raises RuntimeError: also if it has borrowed a connection already
         """
-        return run_in_thread(self._borrow(self._pool._take(self._timeout, thread_sleeper)))
+        return run_in_thread(self._borrow(self._pool._take(self._timeout, False)))
 
     def __exit__(
         self,

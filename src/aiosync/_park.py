@@ -196,9 +196,10 @@ class ThreadSleeper:
 _NOTHING_TO_AWAIT: Any = iter(())
 
 
-def thread_sleeper() -> ThreadSleeper:
+def thread_sleeper(look: Callable[[], object] | None = None) -> ThreadSleeper:
     """Return a new sleeper for the thread that calls.
 
+    :param look: see `WatchfulThreadSleeper`; None: it sleeps until it is woken
     :raises RuntimeError: if an event loop is running on this thread, which would freeze
     """
     if _get_running_loop() is not None or _running_trio() is not None:
@@ -206,7 +207,33 @@ def thread_sleeper() -> ThreadSleeper:
             "this would block the event loop that is running on this thread: await the acquire(), "
             "wait() or connection() of the shared object itself, or do not wait (blocking=False)"
         )
-    return ThreadSleeper()
+    return ThreadSleeper() if look is None else WatchfulThreadSleeper(look)
+
+
+class WatchfulThreadSleeper(ThreadSleeper):
+    """A thread that looks around now and then while it sleeps, and need not sleep on.
+
+    :param look: called without arguments every half second, and before a timeout; what it raises
+        ends the sleep
+    """
+
+    __slots__ = ("_look",)
+
+    def __init__(self, look: Callable[[], object]) -> None:
+        super().__init__()
+        self._look = look
+
+    def __await__(self) -> Generator[Any, None, None]:
+        while not self._bell.acquire(True, 0.5):
+            self._look()
+        nothing: Generator[Any, None, None] = _NOTHING_TO_AWAIT
+        return nothing
+
+    async def at_most(self, timeout: float) -> None:
+        deadline = monotonic() + timeout
+        while timeout > 0 and not self._bell.acquire(True, min(timeout, 0.5)):
+            self._look()
+            timeout = deadline - monotonic()
 
 
 # What every sleeper does, in the words of asyncio.Future:

@@ -32,6 +32,7 @@ from .._park import (
     locate,
     outlast,
     task_sleeper,
+    thread_sleeper,
 )
 from ._borrowing import Checkout
 from ._keeper import Keeper
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self, Unpack
 
-    from .._park import Sleeper
     from ._records import ConnectionInfo, PoolEvent
     from ._settings import PoolOptions
 
@@ -336,7 +336,7 @@ class ConnectionPool(NotCopied, Generic[T]):
             try:
                 record: Any = self._items.pop()
             except IndexError:
-                return await self._take(None, task_sleeper)
+                return await self._take(None, True)
             now = self._clock()
             if record.good_until > now:
                 # The same as `_lend`, without the call.
@@ -348,7 +348,7 @@ class ConnectionPool(NotCopied, Generic[T]):
                 return connection
             if isinstance(record, Record):  # not a `Failure` that nobody took
                 self._idle.dormant.append(record)
-        return await self._take(timeout, task_sleeper)
+        return await self._take(timeout, True)
 
     @critical
     def acquire_nowait(self) -> T:
@@ -384,12 +384,11 @@ class ConnectionPool(NotCopied, Generic[T]):
         return Checkout(self, timeout)
 
     @critical
-    async def _take(self, timeout: float | None, new_sleeper: Callable[[], Sleeper]) -> T:
+    async def _take(self, timeout: float | None, is_task: bool) -> T:
         # All in one, because each coroutine that a waiter sleeps through costs it 3%.
         idle = self._idle
         if idle.shut is not None:
             raise self._not_open()
-        is_task = new_sleeper is task_sleeper
         if is_task and self._where() is not self._home:
             raise self._elsewhere()
         began = self._clock()
@@ -403,14 +402,16 @@ class ConnectionPool(NotCopied, Generic[T]):
         patient = timeout is None or timeout > 0
         record = idle.pick(began, patient) if self._items or idle.dormant else None
         if record is None and patient:
-            self._admit(new_sleeper)
+            self._admit(is_task)
             try:
+                # Tasks end with their event loop, but nobody would tell a thread.
+                sleeper = task_sleeper() if is_task else thread_sleeper(self._check_loop)
                 if deadline is None:
-                    found = await idle.wait(new_sleeper(), timeout, None)
+                    found = await idle.wait(sleeper, timeout, None)
                 else:
                     # Without a timer of our own, which is half of what it costs to wait.
                     self._keeper.watch(deadline)
-                    found = await idle.wait(new_sleeper(), None, None, deadline)
+                    found = await idle.wait(sleeper, None, None, deadline)
             except BaseException:
                 self._count_wait("cancelled", began)
                 raise
@@ -438,7 +439,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         raise self._keeper.ledger.too_late(timeout)
 
     @critical
-    def _admit(self, new_sleeper: Callable[[], Sleeper]) -> None:
+    def _admit(self, is_task: bool) -> None:
         """Let somebody begin to wait.
 
         :raises PoolTimeout: if that would be in vain; or another exception, see `acquire`
@@ -447,13 +448,21 @@ class ConnectionPool(NotCopied, Generic[T]):
         if keeper.failures and self._settings.fail_fast and not keeper.has_hope():
             keeper.ledger.count("requests_errors")
             raise keeper.outage.error()
-        if new_sleeper is not task_sleeper and has_ended(self._home):
-            raise PoolClosed(f"the event loop of {self.name} has ended, without closing the pool")
+        if not is_task:
+            self._check_loop()
         if self._places is not None and not self._places.take_or(False):
             keeper.ledger.count("requests_errors")
             raise TooManyRequests(
                 f"{self._settings.max_waiting} wait for a connection of {self.name} already"
             )
+
+    def _check_loop(self) -> None:
+        """Check that there is still somebody who might serve a thread.
+
+        :raises PoolClosed: if not
+        """
+        if has_ended(self._home):
+            raise PoolClosed(f"the event loop of {self.name} has ended, without closing the pool")
 
     def _count_wait(self, outcome: str, began: float) -> None:
         """Count somebody who waited in vain."""
