@@ -629,6 +629,7 @@ def put_against_join() -> Plan:
 
 
 def put_against_leave() -> Plan:
+    """A cancellation against a grant: `leave` is all that who is cancelled does."""
     queue: HandoffQueue[str] = HandoffQueue()
     claim = new_claim()
     left: list[bool] = []
@@ -825,6 +826,7 @@ def pick_against_the_keeper() -> Plan:
 
 
 def room_against_join() -> Plan:
+    """A pool that is resized against a checkout: what other threads see of `resize`."""
     idle = Idle()
     seen: list[bool] = []
 
