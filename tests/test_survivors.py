@@ -303,6 +303,35 @@ def test_who_is_interrupted_before_it_has_arrived_does_not_end_the_action_of_oth
     assert {party.result() for party in parties} == {0, 1}
 
 
+def test_a_thread_that_is_interrupted_while_the_action_runs_keeps_no_other_asleep() -> None:
+    class Interrupt(BaseException):
+        pass
+
+    class Interrupted(ThreadSleeper):
+        def __await__(self) -> Any:
+            assert acting.wait(PATIENCE)
+            raise Interrupt
+
+    def action() -> None:
+        acting.set()
+        until(lambda: parties[1].done())  # nobody leaves after that before the round trips
+
+    acting = threading.Event()
+    barrier = Barrier(4, action)
+    round = barrier._rounds.latest
+    parties: list[InThread] = []
+    for number in range(4):
+        view = as_threading(barrier)
+        if number == 1:
+            view._shared._new_sleeper = Interrupted
+        parties.append(InThread(view.wait))
+        if number < 3:
+            until(lambda number=number: len(round.threads) == number + 1)  # type: ignore[misc]
+    assert isinstance(parties[1].result(), Interrupt)
+    assert [parties[index].result() for index in (0, 2, 3)] == [0, 2, 3]
+    assert not barrier.broken
+
+
 @pytest.mark.parametrize("how", ["reset", "trip"])
 def test_a_round_that_is_over_leads_to_the_current_one(how: str) -> None:
     barrier = Barrier(2)

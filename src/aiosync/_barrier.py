@@ -120,9 +120,10 @@ class _Round:
 
     @critical
     def leave(self, thread: Sleeper) -> None:
-        """Take out a thread that sleeps no more, and wake the next. The fate is known by now."""
+        """Take out a thread that sleeps no more, and wake the next."""
         self.threads.pop(thread, None)
-        if self.threads:
+        # Not if it was interrupted while the action runs: nobody has been woken yet.
+        if self.threads and self.fate is not None:
             self.wake_a_thread()
 
     def error(self) -> BrokenBarrierError:
@@ -310,7 +311,6 @@ class Barrier(NotCopied):
         sleeper: Sleeper | None = None
         try:
             while True:
-                round = rounds.latest
                 if round.fate is not None:
                     round = rounds.unbroken()
                 # Made before we arrive, since it may fail. Who arrives last needs none; but a task
@@ -368,12 +368,11 @@ class Barrier(NotCopied):
                             await at_most(sleeper, timeout)
                 if round.fate is None and not round.break_(_TIMED_OUT, although_full=False):
                     # Too late for that: all have arrived. What becomes of the round is not known.
+                    # A thread may sleep on the same bell again, if it has one.
                     if is_task:
                         sleeper = task_sleeper()
                         round.sleepers.append(sleeper)
-                    else:
-                        if sleeper is not None:
-                            round.threads.pop(sleeper, None)
+                    elif sleeper is None:
                         sleeper = self._new_sleeper()
                         round.threads[sleeper] = None
                     if round.fate is None:

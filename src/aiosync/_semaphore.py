@@ -229,7 +229,6 @@ class BoundedSemaphore(Semaphore):
     def _for_threads(self) -> BoundedSemaphore:
         twin = object.__new__(BoundedSemaphore)
         twin._share(self._queue, True, thread_sleeper)
-        twin._bound = self._bound
         twin._held = self._held
         return twin
 
