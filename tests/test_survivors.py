@@ -332,6 +332,32 @@ def test_a_thread_that_is_interrupted_while_the_action_runs_keeps_no_other_aslee
     assert not barrier.broken
 
 
+def test_a_thread_without_patience_and_too_late_to_give_up_is_woken_after_the_action() -> None:
+    acting = threading.Event()
+
+    def action() -> None:
+        acting.set()
+        until(lambda: bool(round.threads))  # it lies down
+
+    class Places(list[int]):
+        """The last party arrives just after the first."""
+
+        def pop(self, index: Any = -1) -> int:
+            place = super().pop(index)
+            if place == 0:
+                last.append(InThread(as_threading(barrier).wait))
+                assert acting.wait(PATIENCE)
+            return place
+
+    barrier = Barrier(2, action)
+    round = barrier._rounds.latest
+    round.places = Places(round.places)
+    last: list[InThread] = []
+    first = InThread(lambda: as_threading(barrier).wait(0))
+    assert first.result() == 0
+    assert last[0].result() == 1
+
+
 @pytest.mark.parametrize("how", ["reset", "trip"])
 def test_a_round_that_is_over_leads_to_the_current_one(how: str) -> None:
     barrier = Barrier(2)
