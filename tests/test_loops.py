@@ -832,6 +832,39 @@ def test_acquire_that_makes_a_checkpoint_outside_of_an_event_loop_takes_nothing(
             semaphore.release()
 
 
+@pytest.mark.parametrize("kind", [Semaphore, BoundedSemaphore])
+def test_acquire_by_what_asyncio_does_not_know_as_a_task_makes_a_checkpoint(
+    kind: type[Semaphore],
+) -> None:
+    class Foreign:
+        """Drives a coroutine as a task does, but by callbacks only, and without a word."""
+
+        def __init__(self, coroutine: Coroutine[Any, Any, bool]) -> None:
+            self.coroutine = coroutine
+            self.steps = 0
+            loop.call_soon(self.step)
+
+        def step(self) -> None:
+            self.steps += 1
+            try:
+                assert self.coroutine.send(None) is None
+            except StopIteration as stop:
+                done.set_result(stop.value)
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                loop.call_soon(self.step)
+
+    loop = asyncio.new_event_loop()
+    done: asyncio.Future[bool] = loop.create_future()
+    foreign = Foreign(kind().acquire())
+    try:
+        assert loop.run_until_complete(done) is True
+    finally:
+        loop.close()
+    assert foreign.steps == 2
+
+
 @pytest.mark.usefixtures("no_loop")
 def test_acquire_that_need_not_wait_needs_no_event_loop() -> None:
     semaphore = Semaphore(1, fast_acquire=True)
