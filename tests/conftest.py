@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from typing import Any
 
@@ -28,6 +29,17 @@ if sys.version_info >= (3, 12):
 
 
 def pytest_configure() -> None:
+    _hear_interrupts()
+    _guard_the_tracer()
+
+
+def _hear_interrupts() -> None:
+    """Let Ctrl-C be heard, which is ignored in what a script runs in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _guard_the_tracer() -> None:
     """Let no signal handler run while the tracer of coverage holds its lock.
 
     That tracer takes and frees a lock around every call that it sees, by methods in Python. A
