@@ -1049,6 +1049,36 @@ class TestBarrier:
         ]
         assert owned.broken
 
+    async def test_a_cancelled_wait_spares_a_round_that_lets_its_parties_out(self) -> None:
+        class Slow(threading.Barrier):
+            """Our thread is the last to come out, and takes its time."""
+
+            looks = 0
+
+            def wait(self, timeout: float | None = None) -> int:
+                index = super().wait(timeout)
+                if index == 0:
+                    assert go.wait(PATIENCE)
+                return index
+
+            @property
+            def n_waiting(self) -> int:
+                self.looks += 1
+                return super().n_waiting
+
+        go = threading.Event()
+        owned = Slow(2)
+        call = Call(from_threading(owned).wait)
+        async with anyio.create_task_group() as tg:
+            await arrive(tg, owned, call)
+            assert await anyio.to_thread.run_sync(owned.wait) == 1
+            call.scope.cancel()
+            looked = owned.looks
+            await until_async(lambda: owned.looks >= looked + 3)
+            assert not owned.broken
+            go.set()
+        assert not owned.broken
+
     async def test_a_cancelled_wait_aborts_the_barrier_for_threads_and_tasks(self) -> None:
         for _ in range(10):
             owned = threading.Barrier(4)
@@ -1083,7 +1113,9 @@ class TestBarrier:
     async def test_a_wait_that_is_cancelled_before_its_thread_has_arrived_aborts_the_barrier(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        owned = threading.Barrier(2)
+        owned = threading.Barrier(3)
+        other = InThread(owned.wait)
+        await until_async(lambda: owned.n_waiting == 1)
         view = from_threading(owned)
         gate = threading.Event()
         real_wait = owned.wait
@@ -1099,6 +1131,7 @@ class TestBarrier:
             await anyio.wait_all_tasks_blocked()
             call.scope.cancel()
             await until_async(lambda: owned.broken)
+            assert isinstance(other.result(), threading.BrokenBarrierError)
             assert not call.done
             # Even if somebody makes the barrier as new in the meantime.
             owned.reset()

@@ -106,6 +106,30 @@ class TestTheLastPartyOfABarrier:
         assert outcomes == ["broken", "broken"]
 
 
+def test_a_thread_that_is_interrupted_as_it_breaks_the_barrier_tells_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    barrier = Barrier(3)
+    told: list[str] = []
+
+    async def wait() -> None:
+        with pytest.raises(BrokenBarrierError) as caught:
+            await barrier.wait()
+        told.append(str(caught.value))
+
+    task = threading.Thread(target=lambda: trio.run(wait), daemon=True)
+    task.start()
+    deadline = time.monotonic() + 10
+    while not barrier.n_waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    interrupt_once(monkeypatch, _barrier._Round, "wake")
+    with pytest.raises(Interrupt):
+        as_threading(barrier).wait(0.001)
+    join([task])
+    assert told == ["the barrier is broken: a party waited longer than its timeout"]
+
+
 @pytest.mark.parametrize("how", ["abort", "reset"])
 def test_an_abort_that_was_interrupted_can_be_done_again(
     how: str, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,8 @@ import anyio.lowlevel
 import pytest
 from anyio import WouldBlock, create_task_group, wait_all_tasks_blocked
 
-from aiosync import BoundedSemaphore, Semaphore
+from aiosync import BoundedSemaphore, Semaphore, as_threading
+from aiosync._handoff import _STOCK
 
 pytestmark = pytest.mark.anyio
 
@@ -616,3 +617,59 @@ def test_who_sees_somebody_in_line_who_has_just_left_takes_a_free_permit_at_once
         acquire.send(None)
     assert stop.value.value is True
     assert semaphore.value == 0
+
+
+class TestPermitsThatAreFreeWhileSomebodyWhoWasGrantedOneIsYetToRun:
+    """Nobody waits any more, but one who has waited does not know it."""
+
+    @pytest.fixture
+    async def semaphore(self, kind: Kind, fast: bool) -> Semaphore:
+        semaphore = kind(_STOCK + 10, fast_acquire=fast)
+        for _ in range(_STOCK + 10):
+            semaphore.acquire_nowait()
+        return semaphore
+
+    async def test_they_are_taken_with_a_checkpoint(self, semaphore: Semaphore, fast: bool) -> None:
+        served = False
+
+        async def wait() -> None:
+            nonlocal served
+            await semaphore.acquire()
+            served = True
+
+        async with create_task_group() as tg:
+            tg.start_soon(wait)
+            await wait_all_tasks_blocked()
+            semaphore.release(2)
+            assert semaphore.value == 1
+            for _ in range(3):  # trio runs the two in any order
+                await semaphore.acquire()
+                semaphore.release()
+            assert served is not fast
+
+    async def test_they_are_taken_by_a_task_that_is_cancelled_no_more_than_others(
+        self, semaphore: Semaphore, fast: bool
+    ) -> None:
+        async with create_task_group() as tg:
+            tg.start_soon(semaphore.acquire)
+            await wait_all_tasks_blocked()
+            semaphore.release(2)
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await semaphore.acquire()
+            assert scope.cancelled_caught is not fast
+            assert semaphore.value == (0 if fast else 1)
+
+    @pytest.mark.parametrize("many", [False, True])
+    async def test_a_thread_with_a_running_loop_need_not_wait_for_them(
+        self, semaphore: Semaphore, many: bool
+    ) -> None:
+        async with create_task_group() as tg:
+            tg.start_soon(semaphore.acquire)
+            await wait_all_tasks_blocked()
+            semaphore.release(_STOCK + 10 if many else 2)
+            if many:  # so that what is left is all in reserve
+                for _ in range(_STOCK - 1):
+                    semaphore.acquire_nowait()
+            assert as_threading(semaphore).acquire() is True
+            assert semaphore.value == (9 if many else 0)

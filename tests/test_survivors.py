@@ -8,6 +8,7 @@ middle of a call; here it is put in its place by hand.
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 import threading
 from collections import OrderedDict, deque
@@ -405,11 +406,13 @@ CRITICAL: list[tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = [
     (Semaphore._answer, lambda: (Semaphore(), False)),
     (Semaphore.acquire_nowait, lambda: (Semaphore(),)),
     (Semaphore.release, lambda: (Semaphore(),)),
+    (Semaphore.__aexit__, lambda: (Semaphore(0), None, None, None)),
     (BoundedSemaphore.acquire, lambda: (BoundedSemaphore(),)),
     (BoundedSemaphore.acquire_nowait, lambda: (BoundedSemaphore(),)),
     (BoundedSemaphore.release, lambda: (_acquired(),)),
     (BoundedSemaphore._claim, lambda: (_acquired(), 1)),
     (_Round.break_, lambda: (_round(), "reason")),
+    (_Round.abandon, lambda: (_round(),)),
     (_Round.wake, lambda: (_round(),)),
     (_Round.wake_a_thread, lambda: (_round(),)),
     (_Round.leave, lambda: (_round(), ThreadSleeper())),
@@ -420,6 +423,53 @@ CRITICAL: list[tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = [
     (_Rounds.reset, lambda: (_Rounds(2, None),)),
     (Barrier.wait, lambda: (Barrier(1),)),
 ]
+
+
+_PROTECTED_FROM_THE_BEGINNING = """
+import signal, threading
+from aiosync import Semaphore, _handoff, as_threading
+if {trio_first}:
+    import trio
+semaphore = Semaphore(0)
+import trio
+
+def strike():
+    _handoff.here = here
+    signal.raise_signal(signal.SIGINT)
+    return here()
+
+async def main():
+    if not {trio_first}:
+        semaphore.release()
+        await semaphore.acquire()  # the first checkpoint
+    thread.start()
+    while not semaphore.statistics().tasks_waiting:
+        await trio.sleep(0.001)
+    _handoff.here = strike
+    semaphore.release()
+    thread.join(20)
+    print(got)
+
+got = []
+here = _handoff.here
+thread = threading.Thread(target=lambda: got.append(as_threading(semaphore).acquire()), daemon=True)
+try:
+    trio.run(main)
+except KeyboardInterrupt:
+    print("interrupted later")
+"""
+
+
+@pytest.mark.parametrize("trio_first", [True, False])
+def test_no_keyboard_interrupt_of_trio_hits_a_program_in_which_no_task_has_waited_yet(
+    trio_first: bool,
+) -> None:
+    program = _PROTECTED_FROM_THE_BEGINNING.format(trio_first=trio_first)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE * 2
+    )
+    assert done.stderr == ""
+    assert done.stdout == "[True]\ninterrupted later\n"
 
 
 def _acquired() -> BoundedSemaphore:

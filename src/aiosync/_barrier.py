@@ -19,7 +19,15 @@ from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Union
 
 from ._errors import BrokenBarrierError, NotCopied, check_count, check_timeout
-from ._park import at_most, checkpoint, critical, task_sleeper, thread_sleeper, wake_all
+from ._park import (
+    at_most,
+    checkpoint,
+    critical,
+    protect,
+    task_sleeper,
+    thread_sleeper,
+    wake_all,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -100,6 +108,12 @@ class _Round:
         return decided is broken
 
     @critical
+    def abandon(self) -> None:
+        """Break the round because a party was interrupted, who knows where."""
+        if not self.break_(_CANCELLED, although_full=False) and self.fate is not None:
+            self.wake()  # in case it was in the middle of that
+
+    @critical
     def wake(self) -> None:
         """Wake everybody, the fate being known. Does no harm if it is done again."""
         if self.sleepers:
@@ -138,6 +152,7 @@ class _Rounds:
     __slots__ = ("_places", "action", "last", "latest")
 
     def __init__(self, parties: int, action: Callable[[], object] | None) -> None:
+        protect()
         self.action = action
         self.last = parties - 1
         self._places = list(range(self.last, -1, -1))
@@ -334,7 +349,7 @@ class Barrier(NotCopied):
                         await sleeper
                 except BaseException:
                     # A signal handler has raised, and we may have arrived.
-                    round.break_(_CANCELLED, although_full=False)
+                    round.abandon()
                     raise
             if index == rounds.last:
                 try:
@@ -378,7 +393,10 @@ class Barrier(NotCopied):
                     if round.fate is None:
                         await sleeper
             except BaseException:
-                round.break_(_CANCELLED, although_full=False)
+                if is_task:  # of which a thousand may be cancelled at once
+                    round.break_(_CANCELLED, although_full=False)
+                else:
+                    round.abandon()
                 raise
             if round.fate is not _TRIPPED:
                 raise round.error()

@@ -129,7 +129,9 @@ class ThreadBarrier(NotCopied):
         """Wait until all parties, tasks and threads, have arrived.
 
         The same as `threading.Barrier.wait`. An exception from a signal handler (Ctrl-C) interrupts
-        it, and breaks the barrier for all, which that of `threading` does not.
+        it, and breaks the barrier for all, which that of `threading` does not. The threads of a
+        round are woken one by one, each by the one before; so a signal handler that interrupts one
+        of them must not wait for the others.
 
         :param timeout: how many seconds to wait for the others to arrive, at most; then the barrier
             is broken for all. 0 or less: do not wait. None: the barrier's own timeout.

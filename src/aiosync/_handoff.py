@@ -34,7 +34,7 @@ from math import inf
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from ._park import FREE_THREADED, InvalidStateError, at_most, critical, here, wake
+from ._park import FREE_THREADED, InvalidStateError, at_most, critical, here, protect, wake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -88,6 +88,7 @@ class HandoffQueue(Generic[T]):
     __slots__ = ("items", "line", "reserves", "waiters")
 
     def __init__(self, items: Iterable[T] = ()) -> None:
+        protect()
         # Free items. Taken from the right, so the last one returned is the first to be taken.
         self.items: deque[T] = deque(items)
         # Everybody who waits, the oldest first. A waiter stands here from `join` until a matcher

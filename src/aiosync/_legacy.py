@@ -377,8 +377,9 @@ class TaskBarrier(_View):
             time.sleep(pause)  # it may be on its way out
             pause = min(2 * pause, _MOMENT)
             # If all have arrived the action is running. To abort would wait for it, and then split
-            # the round: those who are quick would pass, and the others would not.
-            if not outcome and self._owned.n_waiting < self._owned.parties:
+            # the round: those who are quick would pass, and the others would not. If nobody waits
+            # the round has tripped, and lets its parties out; or our thread is yet to arrive.
+            if not outcome and 0 < self._owned.n_waiting < self._owned.parties:
                 self._owned.abort()
         wake_all(sleepers)
 

@@ -68,6 +68,8 @@ else:  # Python 3.10
 
 F = TypeVar("F", bound="Callable[..., object]")
 
+_modules = sys.modules
+
 _critical: list[Callable[..., object]] = []
 
 
@@ -81,18 +83,28 @@ def critical(function: F) -> F:
     return function
 
 
+def protect() -> None:
+    """Tell trio which functions are critical, if it is there, and has not been told before.
+
+    To be called when an object is made. One that was made before trio was imported is protected
+    from the first checkpoint or wait under trio on.
+    """
+    enable = getattr(_modules.get("trio.lowlevel"), "enable_ki_protection", None)
+    while enable is not None and _critical:
+        try:
+            enable(_critical.pop())
+        except IndexError:
+            pass  # another thread was faster
+
+
 class TrioSleeper:
     """A task of a trio run."""
 
     __slots__ = ("_aborted", "_asleep", "_lowlevel", "_task", "_token")
 
     def __init__(self, lowlevel: Any) -> None:
-        while _critical:  # the first time: before anybody waits there is nothing to lose
-            try:
-                function = _critical.pop()
-            except IndexError:
-                break  # another trio run, in another thread, was faster
-            lowlevel.enable_ki_protection(function)
+        if _critical:
+            protect()
         self._lowlevel = lowlevel
         self._task: Task = lowlevel.current_task()
         self._token: TrioToken = lowlevel.current_trio_token()
@@ -483,6 +495,8 @@ def checkpoint() -> Awaitable[None]:
     """
     lowlevel = _running_trio()
     if lowlevel is not None:
+        if _critical:
+            protect()
         awaitable: Awaitable[None] = lowlevel.checkpoint()
         return awaitable
     # A hint is enough: nothing is lost if somebody who runs this by hand is not told so.
@@ -501,8 +515,6 @@ class _TurnOfTheLoop:
 
 
 _TURN_OF_THE_LOOP = _TurnOfTheLoop()
-
-_modules = sys.modules
 
 
 def _running_trio() -> Any:

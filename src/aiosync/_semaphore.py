@@ -106,6 +106,9 @@ class Semaphore(NotCopied):
             if timeout is not None or not blocking:
                 return await self._acquire_slowly(blocking, timeout)
             if self._line:
+                if self._items or self._queue.reserves:
+                    # Free all the same: who is in line has been granted one, and has not run yet.
+                    return await self._acquire_slowly(True, None)
                 return await self._queue.wait(self._new_sleeper(), None, False)
             try:
                 self._items.pop()
@@ -179,6 +182,7 @@ class Semaphore(NotCopied):
         """Do what ``acquire()`` does."""
         return self.acquire()
 
+    @critical
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
