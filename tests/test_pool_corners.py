@@ -133,7 +133,7 @@ class TestTheKeeper:
             keeper = pool._keeper
             keeper.idle.dormant = Emptied([record()])
             keeper.idle.waiters[ThreadSleeper()] = new_claim()
-            keeper._wake_dormant()
+            keeper._wake_dormant(keeper.clock())
             keeper.idle.waiters.clear()
             assert not keeper.serving
 
@@ -406,3 +406,68 @@ class TestTheMainTaskUnderAsyncio:
         main.send(None)
         main.close()
         assert pool._keeper.finished
+
+
+class TestBlocks:
+    @pytest.mark.anyio
+    async def test_a_block_that_has_given_back_early_leaves_the_next_borrower_alone(self) -> None:
+        pool = ConnectionPool(Connection, max_size=1, close_timeout=0.01)
+        async with pool:
+            async with pool.connection() as connection:
+                pool.release(connection)
+                assert await pool.acquire() is connection
+                await pool.__aexit__(None, None, None)  # by force
+            pool.release(connection)  # as is allowed once after that
+            with pytest.raises(ValueError, match="given back before"):
+                pool.release(connection)
+
+    @pytest.mark.anyio
+    async def test_one_that_is_entered_twice_at_once_is_refused(self) -> None:
+        async with ConnectionPool(Connection, max_size=1) as pool:
+            checkout = pool.connection()
+            other = await pool.acquire()
+            outcomes: list[object] = []
+
+            async def enter() -> None:
+                try:
+                    outcomes.append(await checkout.__aenter__())
+                except RuntimeError as error:
+                    outcomes.append(str(error))
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(enter)
+                tasks.start_soon(enter)
+                await anyio.wait_all_tasks_blocked()
+                assert outcomes == [
+                    "this has borrowed a connection already; call connection() again"
+                ]
+                pool.release(other)
+            assert outcomes[1:] == [other]
+            await checkout.__aexit__(None, None, None)
+            assert pool.get_stats()["in_use"] == 0
+            # It may be entered again, also after it was cancelled.
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await checkout.__aenter__()
+            async with checkout as connection:
+                assert connection is other
+
+
+def test_who_comes_while_another_lays_a_stale_connection_aside_is_seen_to() -> None:
+    calls: list[Any] = []
+    queue = idle_queue(calls)
+    stale = record(good_until=0)
+    queue.items.append(stale)
+
+    class Slow(deque[Any]):
+        """Somebody begins to wait just before it is there."""
+
+        def append(self, item: Any) -> None:
+            queue.join(ThreadSleeper(), new_claim())
+            assert not calls
+            super().append(item)
+
+    queue.dormant = Slow()
+    assert queue.pick(1, True) is None  # and does not come to wait
+    assert list(queue.dormant) == [stale]
+    assert calls == [()]

@@ -858,3 +858,198 @@ async def test_a_connection_made_where_a_lost_one_was_is_a_new_one() -> None:
             assert "connect_failed" not in [event.kind for event in events]
             async with pool.connection(10):
                 pass
+
+
+# --- What hangs keeps nobody from what does not ---
+
+
+class Line:
+    """A connection that may be dead without a sign of it."""
+
+    dead = False
+
+    def close(self) -> None:
+        pass
+
+
+Run = Callable[[Main], None]
+
+
+@pytest.mark.parametrize("others_are_idle", [True, False])
+def test_a_reset_that_hangs_keeps_nobody_from_other_connections(
+    run: Run, others_are_idle: bool
+) -> None:
+    async def main() -> None:
+        slow: list[Line] = []
+
+        async def reset(line: Line) -> None:
+            if line in slow:
+                await anyio.sleep(4)
+
+        pool = ConnectionPool(
+            Line,
+            min_size=10 if others_are_idle else 0,
+            max_size=10,
+            reset=reset,
+            check=lambda _: True,
+            check_idle=0.2,
+        )
+        async with pool:
+            await pool.wait()
+            await anyio.sleep(0.3)  # from now on they have to be checked
+            async with pool.connection() as line:
+                slow.append(line)
+            began = now()
+            async with pool.connection(2) as other:
+                assert other is not line
+                assert now() - began == pytest.approx(0.1)
+            assert pool.get_stats()["connections_num"] == (10 if others_are_idle else 2)
+
+    run(main)
+
+
+def test_connections_that_all_hang_when_they_are_checked_are_not_waited_for_in_turn(
+    run: Run,
+) -> None:
+    async def check(line: Line) -> None:
+        if line.dead:
+            await anyio.sleep(FOR_EVER)
+
+    async def main() -> None:
+        async with ConnectionPool(Line, max_size=100, check=check) as pool:
+            lines = [await pool.acquire() for _ in range(10)]
+            for line in lines:
+                line.dead = True
+                pool.release(line)
+            await anyio.sleep(1)
+            began = now()
+            async with pool.connection() as line:
+                assert line not in lines
+                assert now() - began == pytest.approx(1)  # 0.1 for each of them
+
+    run(main)
+
+
+def test_a_connect_that_hangs_since_before_an_outage_keeps_nobody_from_trying(run: Run) -> None:
+    attempts: list[float] = []
+
+    async def connect() -> Line:
+        attempts.append(now())
+        if len(attempts) == 1:
+            await anyio.sleep(FOR_EVER)
+        if len(attempts) == 2:
+            raise ConnectionRefusedError
+        return Line()
+
+    async def main() -> None:
+        async with ConnectionPool(connect, max_size=10, timeout=4) as pool:
+
+            async def use() -> None:
+                async with pool.connection():
+                    await anyio.sleep(0.05)
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(8):
+                    tasks.start_soon(use)
+                    await anyio.sleep(0.2)
+            assert attempts[2] - attempts[1] <= 0.1 + EXACT
+            assert pool.get_stats()["timeouts"] == 0
+
+    run(main)
+
+
+def test_a_full_pool_has_no_outage(run: Run) -> None:
+    refused = False
+
+    def connect() -> Line:
+        if refused:
+            raise ConnectionRefusedError
+        return Line()
+
+    async def main() -> None:
+        nonlocal refused
+        pool = ConnectionPool(connect, max_size=2, fail_fast=True)
+        async with pool, anyio.create_task_group() as tasks:
+            line = await pool.acquire()
+            refused = True
+            with pytest.raises(PoolTimeout):
+                await pool.acquire()
+            await pool.resize(0, 1)  # so that nobody can find out when it is over
+
+            async def give_back() -> None:
+                await anyio.sleep(1)
+                pool.release(line)
+
+            tasks.start_soon(give_back)
+            assert await pool.acquire(5) is line
+            pool.release(line)
+
+    run(main)
+
+
+@pytest.mark.parametrize("check_timeout", [None, 60])
+def test_a_pool_that_closes_waits_for_a_reset_only_so_long(
+    run: Run, check_timeout: float | None
+) -> None:
+    async def reset(_: Line) -> None:
+        await anyio.sleep(FOR_EVER)
+
+    async def main() -> None:
+        pool = ConnectionPool(Line, reset=reset, check_timeout=check_timeout, close_timeout=3)
+        async with pool:
+            async with pool.connection():
+                pass
+            await anyio.sleep(1)
+            began = now()
+        assert now() - began == pytest.approx(3)
+        assert pool.get_stats()["closed_reset"] == 1
+
+    run(main)
+
+
+def test_a_check_is_no_use_of_a_connection(run: Run) -> None:
+    async def main() -> None:
+        async with ConnectionPool(Line, max_size=3, max_idle=6, check=lambda _: True) as pool:
+            async with pool.connection():
+                pass
+            for _ in range(8):
+                await anyio.sleep(1)
+                await pool.check()
+            assert pool.get_stats()["closed_idle"] == 1
+
+    run(main)
+
+
+class Outcome(BaseException):
+    """What test frameworks raise."""
+
+
+@pytest.mark.parametrize("kind", ["connected", "connect_failed", "outage", "closed"])
+def test_an_event_that_is_taken_ill_costs_nobody_a_connection(kind: str) -> None:
+    told: list[str] = []
+
+    def on_event(event: PoolEvent) -> None:
+        if event.kind == kind and kind not in told:
+            told.append(kind)
+            raise Outcome
+
+    attempts = 0
+
+    def connect() -> Line:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 2:
+            raise ConnectionRefusedError
+        return Line()
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        async with ConnectionPool(connect, max_size=1, on_event=on_event, timeout=1000) as pool:
+            for _ in range(3):
+                began = now()
+                pool.discard(await pool.acquire())
+                await anyio.sleep(0)
+                assert now() - began < 1
+        assert told == [kind]
+
+    run_virtually("asyncio", main)

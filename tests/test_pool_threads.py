@@ -665,6 +665,8 @@ class TestTheLoopOfThePoolHasEnded:
                 start(view.acquire).result(PATIENCE)
             with pytest.raises(PoolClosed, match="has ended, without closing the pool"):
                 start(lambda: view.acquire(PATIENCE)).result(PATIENCE)
+            with pytest.raises(PoolClosed, match="has ended, without closing the pool"):
+                start(lambda: view.acquire(0)).result(PATIENCE)
 
     @pytest.mark.parametrize("timeout", [PATIENCE, math.inf])
     def test_a_loop_that_was_closed_with_tasks_on_it_leaves_nobody_waiting(

@@ -688,6 +688,8 @@ NEVER = -math.inf
 # How long it takes to close a connection. If it took no time, it would be up to chance whether
 # there is room for another one before somebody looks.
 CLOSING = 0.4127
+# After that nobody relies any more on a connection that is being reset or checked.
+SOON = 0.1
 
 
 @dataclass(eq=False)
@@ -764,7 +766,7 @@ class PoolModel(Model[Borrower]):
         self.leaving: list[tuple[float, Link, str]] = []
         self.line: list[Borrower] = []
         # What hangs: since when, before which `drain`; until when, which, in what.
-        self.opening: list[tuple[float, int]] = []
+        self.opening: list[tuple[float, int, int]] = []
         self.serving: list[tuple[float, Link, str]] = []
         self.failures, self.next_attempt = 0, NEVER
         self.generation = 0
@@ -941,7 +943,7 @@ class PoolModel(Model[Borrower]):
         for number, (until, _, _) in reversed(list(enumerate(self.serving))):
             if until <= self.now:
                 self.end_service(number, False)
-        for number, (began, _) in reversed(list(enumerate(self.opening))):
+        for number, (began, _, _) in reversed(list(enumerate(self.opening))):
             if began + self.options.connect_timeout <= self.now:
                 self.end_connect(number, False)
 
@@ -953,7 +955,7 @@ class PoolModel(Model[Borrower]):
             if self.spoils_at(link) <= self.now:
                 self.close(link, link.retired if link.expires <= self.now else "idle")
         self.shrink()
-        while self.stale and len(self.line) > len(self.serving):
+        while self.stale and len(self.line) > len(self.soon()):
             self.serve(self.stale.pop(), "check")
         self.grow()
 
@@ -972,22 +974,32 @@ class PoolModel(Model[Borrower]):
         for link in in_use[: max(0, surplus - len(idle))]:
             link.retire("resize")
 
+    def soon(self) -> list[float]:
+        """Return until when those that are served just now may be relied on."""
+        timeout = self.options.check_timeout
+        ends = [until - timeout + SOON for until, _, _ in self.serving]
+        return [end for end in ends if end > self.now]
+
+    def may_try(self) -> bool:
+        begun = [failures for _, _, failures in self.opening]
+        return self.failures not in begun and len(begun) < self.options.max_connecting
+
     def grow(self) -> None:
         waiting = max(len(self.line), self.wish)
         self.wish = False
         if self.failures:
-            number = 0 if self.opening or self.now < self.next_attempt else 1
+            number = 1 if self.may_try() and self.now >= self.next_attempt else 0
         else:
-            missing = waiting - len(self.opening) - len(self.serving)
+            missing = waiting - len(self.opening) - len(self.soon())
             number = max(self.min_size - self.size, missing)
             number = min(number, self.options.max_connecting - len(self.opening))
         for _ in range(min(number, self.max_size - self.size)):
-            self.opening.append((self.now, self.generation))
+            self.opening.append((self.now, self.generation, self.failures))
             if self.connecting != "hangs":
                 self.end_connect(-1, self.connecting == "works")
 
     def end_connect(self, index: int, works: bool) -> None:
-        began, generation = self.opening.pop(index)
+        began, generation, _ = self.opening.pop(index)
         self.counts["connections_num"] += 1
         if works:
             self.made += 1
@@ -1007,13 +1019,12 @@ class PoolModel(Model[Borrower]):
             self.fail_all(PoolTimeout)
 
     def has_hope(self) -> bool:
-        return bool(self.stale or self.serving)
+        return bool(self.stale or self.serving) or self.size >= self.max_size
 
     def give(self, link: Link, checked: bool) -> None:
         if link.expires <= self.now:
             self.close(link, link.retired)
             return
-        link.idle_since = self.now
         if checked or self.options.check_idle != 0:
             self.put(link, True)
         else:
@@ -1058,6 +1069,7 @@ class PoolModel(Model[Borrower]):
 
     def lose(self, number: int) -> None:
         self.counts["leaks"] += 1
+        self.usage += self.now - self.lent[number].taken
         self.forget(self.lent.pop(number), "collected")
 
     def begin_to_close(self, closer: int) -> None:
@@ -1074,6 +1086,7 @@ class PoolModel(Model[Borrower]):
         self.opening.clear()
         if self.closing is not None and self.closing <= self.now:
             for link in list(self.lent.values()):
+                self.usage += self.now - link.taken
                 self.close(link, "forced")
             self.forced |= self.lent.keys()
             self.lent.clear()
@@ -1082,9 +1095,10 @@ class PoolModel(Model[Borrower]):
         """Return when what happens next happens by itself, and then what comes after that."""
         times = [borrower.deadline for borrower in self.line]
         times += [self.spoils_at(link) for link in self.snapshot()]
-        times += [began + self.options.connect_timeout for began, _ in self.opening]
+        times += [began + self.options.connect_timeout for began, _, _ in self.opening]
         times += [until for until, _, _ in [*self.serving, *self.leaving]]
-        if self.failures and not self.opening and self.size < self.max_size:
+        times += self.soon() if self.line else []
+        if self.failures and self.may_try() and self.size < self.max_size:
             times.append(self.next_attempt)
         if self.closing is not None and self.lent:
             times.append(self.closing)

@@ -561,7 +561,9 @@ class Pool:
         keeper = self.pool._keeper
         assert keeper.crash is None
         assert not self.pool._lent
-        assert keeper.opening == keeper.configuring == keeper.serving == len(keeper.leaving) == 0
+        assert (
+            keeper.opening == keeper.configuring == len(keeper.serving) == len(keeper.leaving) == 0
+        )
         assert len(self.pool._items) == len(self.made) - len(self.closed) == keeper.size
         assert keeper.size <= self.pool.max_size
         empty(self.pool._idle)
@@ -726,10 +728,7 @@ def mistake(
     ]
 
 
-LEAVE_A_ROUND = (
-    "                round.break_(_CANCELLED, although_full=False)\n                raise\n"
-    "            if round.fate is not _TRIPPED:"
-)
+LEAVE_A_ROUND = "    round.break_(_CANCELLED, although_full=False)\n                else:"
 
 # What a scope does to a task that has been granted something waits for its next await. So only the
 # native cancellation can come after a grant.
@@ -902,7 +901,7 @@ MISTAKES: list[Any] = [
     *mistake(
         "an outage lasts",
         Keeper._grow,
-        "0 if self.opening or now < self._next_attempt else 1",
+        "1 if now >= self._next_attempt and self._may_try() else 0",
         "0",
         a_connect_fails_while_somebody_waits,
     ),

@@ -27,19 +27,25 @@ class Borrowing(NotCopied, Generic[T]):
     If it was given back, or discarded, before the end, there is nothing left to do there.
     """
 
-    __slots__ = ("_connection", "_pool", "_record", "_timeout", "_use")
+    __slots__ = ("_connection", "_entered", "_pool", "_record", "_timeout", "_use")
 
     def __init__(self, pool: ConnectionPool[T], timeout: float | None) -> None:
         self._pool = pool
         self._timeout = timeout
+        self._entered = False
         self._record: Record[T] | None = None
 
     @critical
     async def _borrow(self, acquire: Coroutine[Any, Any, T]) -> T:
-        if self._record is not None:
+        if self._entered:
             acquire.close()
             raise RuntimeError("this has borrowed a connection already; call connection() again")
-        connection = self._connection = await acquire
+        self._entered = True
+        try:
+            connection = self._connection = await acquire
+        except BaseException:
+            self._entered = False
+            raise
         # None if the pool has taken it back by force, from a thread, already.
         record = self._record = self._pool._lent.get(id(connection))
         if record is not None:
@@ -49,13 +55,14 @@ class Borrowing(NotCopied, Generic[T]):
 
     @critical
     def _give_back(self) -> None:
+        self._entered = False
         record, self._record = self._record, None
         connection = self._connection
         del self._connection
         if record is not None and self._pool._lent.get(record.key) is record:
             if record.uses == self._use:
                 self._pool.release(connection)
-        else:
+        elif record is None or record.uses == self._use:
             self._pool._keeper.forced.pop(id(connection), None)
 
 

@@ -347,7 +347,7 @@ class ConnectionPool(NotCopied, Generic[T]):
                 record.connection = record.kept
                 return connection
             if isinstance(record, Record):  # not a `Failure` that nobody took
-                self._idle.dormant.append(record)
+                self._idle.lay_aside(record)
         return await self._take(timeout, True)
 
     @critical
@@ -402,10 +402,10 @@ class ConnectionPool(NotCopied, Generic[T]):
         patient = timeout is None or timeout > 0
         record = idle.pick(began, patient) if self._items or idle.dormant else None
         if record is None and patient:
+            # Tasks end with their event loop, but nobody would tell a thread.
+            sleeper = task_sleeper() if is_task else thread_sleeper(self._check_loop)
             self._admit(is_task)
             try:
-                # Tasks end with their event loop, but nobody would tell a thread.
-                sleeper = task_sleeper() if is_task else thread_sleeper(self._check_loop)
                 if deadline is None:
                     found = await idle.wait(sleeper, timeout, None)
                 else:
@@ -434,6 +434,8 @@ class ConnectionPool(NotCopied, Generic[T]):
                 raise
         if record is not None:
             return self._lend(record, self._clock())
+        if not is_task:
+            self._check_loop()
         self._keeper.ledger.count("requests_errors")
         self._keeper.post(self._keeper.want)
         raise self._keeper.ledger.too_late(timeout)

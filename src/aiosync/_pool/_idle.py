@@ -122,7 +122,7 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
                 continue
             if item.good_until > now:
                 return item
-            self.dormant.append(item)
+            self.lay_aside(item)
         if patient or self.waiters:
             return None
         found, spoiled = None, []
@@ -139,6 +139,14 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
             self.dormant.extend(spoiled)
             self.call_keeper()
         return found
+
+    @critical
+    def lay_aside(self, record: Record[T]) -> None:
+        """Keep an idle connection that may not be handed out as it is."""
+        self.dormant.append(record)
+        # Looked at last: who came before has not seen it, and the caller may not come to wait.
+        if self.waiters:
+            self.call_keeper()
 
     def idle(self) -> int:
         return len(self.items) + len(self.dormant)

@@ -61,6 +61,10 @@ _GRAIN = 0.05
 # Each connection lives up to this much shorter than `max_lifetime`, for the same reason.
 _LIFETIME_JITTER = 0.05
 
+# For how long, in seconds, whoever waits may rely on a connection that is being reset or checked.
+# Then it may hang; another one is checked, or made.
+_SOON = 0.1
+
 
 async def _call(hook: Callable[..., Any], *args: object) -> Any:
     result = hook(*args)
@@ -94,8 +98,10 @@ class Keeper(Generic[T]):
         # it is among the records already.
         self.opening = 0
         self.configuring = 0
-        # Those whose `reset` or `check` is running, and those whose `close` is.
-        self.serving = 0
+        # Of each attempt to open one, how many had failed when it began; see `failures`.
+        self._attempts: list[int] = []
+        # Those whose `reset` or `check` is running, and since when; and those whose `close` is.
+        self.serving: dict[int, float] = {}
         self.leaving: set[int] = set()
         # Somebody did not wait, but would have liked a connection.
         self.wish = False
@@ -112,6 +118,7 @@ class Keeper(Generic[T]):
         # Not later than that of any task that waits, with the `timeout` of the pool.
         self.next_deadline = ALWAYS
         self._connects: set[CancelScope] = set()
+        self._serves: set[CancelScope] = set()
         # Those that were closed while borrowed, until their borrowers give them back.
         self.forced: dict[int, T] = {}
         # Those who wait until there are `min_size` connections, and until all is over.
@@ -200,14 +207,17 @@ class Keeper(Generic[T]):
             self._look_at_all(now)
         # In this order; see IdleQueue.room.
         idle.room = self.size < self.max_size
-        self._wake_dormant()
+        self._wake_dormant(now)
         self._grow(now)
         idle.room = self.size < self.max_size
         if self.is_ready():
             wake_all(self.expectant)
         due = min(self._due, self.next_deadline)
-        if self.failures and not self.opening and idle.room:
+        if self.failures and idle.room and self._may_try():
             due = min(due, self._next_attempt)
+        if idle.waiters:
+            # Then they need another one, unless they have found one by then.
+            due = min([due, *(since + _SOON for since in self._soon(now))])
         return due
 
     def _look_at_all(self, now: float) -> None:
@@ -262,14 +272,23 @@ class Keeper(Generic[T]):
         for record in in_use[:surplus]:
             record.retire("resize")
 
-    def _wake_dormant(self) -> None:
+    def _soon(self, now: float) -> list[float]:
+        """Return since when those are being served that may be expected to be ready soon."""
+        return [since for since in self.serving.values() if now < since + _SOON]
+
+    def _wake_dormant(self, now: float) -> None:
         dormant = self.idle.dormant
-        while dormant and len(self.idle.waiters) > self.serving:
+        while dormant and len(self.idle.waiters) > len(self._soon(now)):
             try:
                 record = dormant.pop()
             except IndexError:
                 break  # somebody who does not wait took it
             self.serve(record, "check")
+
+    def _may_try(self) -> bool:
+        """Tell whether nobody tries to connect who has begun after the last failure."""
+        begun = self.failures in self._attempts
+        return not begun and self.opening < self.settings.max_connecting
 
     def _grow(self, now: float) -> None:
         room = self.max_size - self.size
@@ -277,15 +296,17 @@ class Keeper(Generic[T]):
         self.wish = False
         if self.failures:
             # Somebody has to find out when it is over, even if nobody waits.
-            number = 0 if self.opening or now < self._next_attempt else 1
+            number = 1 if now >= self._next_attempt and self._may_try() else 0
         else:
-            number = max(self.min_size - self.size, waiting - self.opening - self.serving)
+            missing = waiting - self.opening - len(self._soon(now))
+            number = max(self.min_size - self.size, missing)
             number = min(number, self.settings.max_connecting - self.opening)
         for _ in range(min(number, room)):
             self.opening += 1
-            self.start(
-                self._open, now, self.generation, self.failures, stillborn=self._open_nothing
-            )
+            failures = self.failures
+            self._attempts.append(failures)
+            nothing = partial(self._open_nothing, failures)
+            self.start(self._open, now, self.generation, failures, stillborn=nothing)
 
     def start(
         self, work: Callable[..., Any], *args: object, stillborn: Callable[[], object]
@@ -348,7 +369,9 @@ class Keeper(Generic[T]):
             error = ConnectionError(f"connect() or configure() was ended by {caught!r}")
             raise
         finally:
-            self.opening -= 1
+            # First what must not be left out whatever a hook that is told raises.
+            self._open_nothing(failures)
+            self.post(self.look)
             self.ledger.count("connections_num")
             if record is not None:
                 self.configuring -= 1
@@ -363,11 +386,12 @@ class Keeper(Generic[T]):
                 self.discard(record, "configure", error)
             if error is not None:
                 self._failed(error, failures)
-            self.post(self.look)
             del error  # or else it would keep itself, by its traceback
 
-    def _open_nothing(self) -> None:
+    def _open_nothing(self, failures: int) -> None:
+        """Take note that an attempt is over."""
         self.opening -= 1
+        self._attempts.remove(failures)
 
     def _adopt(self, connection: T) -> Record[T]:
         if connection is None:
@@ -399,17 +423,18 @@ class Keeper(Generic[T]):
         """Take note of a failed attempt, and of how many had failed when it began."""
         self.ledger.count("connections_errors")
         self.last_error = error
-        self.ledger.emit("connect_failed", error=error)
         now = self.clock()
-        if not self.failures:
-            log.warning("%s: cannot connect: %s", self.settings.name, describe(error))
-            self._complain_at = now + self.settings.reconnect_timeout
-            self.ledger.emit("outage", error=error)
+        is_first = not self.failures
         # Of those that were under way together only one counts.
         if self.failures in (0, failures):
             delay = min(_FIRST_DELAY * 2**self.failures, _LONGEST_DELAY)
             self.failures = min(self.failures + 1, 30)
             self._next_attempt = now + delay * _chance.uniform(0.5, 1)
+        self.ledger.emit("connect_failed", error=error)
+        if is_first:
+            log.warning("%s: cannot connect: %s", self.settings.name, describe(error))
+            self._complain_at = now + self.settings.reconnect_timeout
+            self.ledger.emit("outage", error=error)
         if now >= self._complain_at and self.settings.reconnect_failed is not None:
             self._complain_at = now + self.settings.reconnect_timeout
             self.ledger.tell(self.settings.reconnect_failed, self.pool)
@@ -417,8 +442,8 @@ class Keeper(Generic[T]):
             self.idle.fail(self.outage)
 
     def has_hope(self) -> bool:
-        """Tell whether those who wait may get a connection that need not be made."""
-        return bool(self.idle.dormant) or self.serving > 0
+        """Tell whether those who wait may get a connection that need not, or may not, be made."""
+        return bool(self.idle.dormant or self.serving) or self.size >= self.max_size
 
     # -- Serving, closing.
 
@@ -428,7 +453,6 @@ class Keeper(Generic[T]):
         if record.expires <= now:
             self.discard(record, record.retired)
             return
-        record.idle_since = now
         if checked or self.settings.check_idle > 0:
             record.good_until = min(record.expires, now + self.settings.fresh)
             self.idle.put(record)
@@ -447,22 +471,26 @@ class Keeper(Generic[T]):
         if getattr(self.settings, step) is None:
             self.give(record, checked=False)
             return
-        self.serving += 1
+        self.serving[record.key] = self.clock()
         self.start(self._serve, record, step, stillborn=partial(self._serve_again, record, step))
 
     async def _serve(self, record: Record[T], step: Literal["check", "reset"]) -> None:
         good = False
         error: BaseException | None = None
         try:
-            with fail_after(self.settings.check_timeout, shield=True):
-                result = await _call(getattr(self.settings, step), record.connection)
+            with fail_after(self.settings.check_timeout, shield=True) as scope:
+                self._serves.add(scope)
+                try:
+                    result = await _call(getattr(self.settings, step), record.connection)
+                finally:
+                    self._serves.discard(scope)
                 if step == "check" and result is False:
                     raise ConnectionError("check() returned False")
-            good = True
+                good = True
         except Exception as caught:
             error = caught
         finally:
-            self.serving -= 1
+            del self.serving[record.key]
             if good:
                 self.give(record, checked=step == "check")
             else:
@@ -471,7 +499,7 @@ class Keeper(Generic[T]):
             del error  # or else it would keep itself, by its traceback
 
     def _serve_again(self, record: Record[T], step: Literal["check", "reset"]) -> None:
-        self.serving -= 1
+        del self.serving[record.key]
         self.serve(record, step)
 
     def begin_check(self, done: list[bool]) -> None:
@@ -488,7 +516,7 @@ class Keeper(Generic[T]):
         try:
             for record in idle:
                 if self.settings.check is not None and self.idle.take(record):
-                    self.serving += 1
+                    self.serving[record.key] = self.clock()
                     await self._serve(record, "check")
         finally:
             done()
@@ -526,11 +554,12 @@ class Keeper(Generic[T]):
         record.ref = None  # nobody is to be told when it is collected
         self.ledger.past.add(record)
         self.ledger.count(f"closed_{reason}")
-        self.ledger.emit("closed", record, reason, error)
         self.post(self.look)
+        self.ledger.emit("closed", record, reason, error)
 
     def _lost(self, record: Record[T]) -> None:
         if self.records.get(record.key) is record:
+            record.usage += self.clock() - record.taken
             self.ledger.count("leaks")
             self.ledger.emit("leaked", record, "it was garbage collected\n" + record.trace())
             self._forget(record, "collected", None)
@@ -604,9 +633,12 @@ class Keeper(Generic[T]):
                 del cancellation  # or else it would keep itself, by its traceback
 
     def _force(self) -> None:
+        for scope in self._serves:
+            scope.cancel()
         for record in self._borrowed():
             connection = record.alive()
             if connection is not None and self.lent.pop(record.key, None) is record:
+                record.usage += self.clock() - record.taken
                 # Its borrower may let go of it before it is closed.
                 record.connection = self.forced[record.key] = connection
                 self.discard(record, "forced")
