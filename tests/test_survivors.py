@@ -88,6 +88,29 @@ async def test_acquire_does_not_take_what_a_waiter_is_about_to_get(kind: Kind) -
 
 
 @pytest.mark.anyio
+async def test_acquire_waits_if_what_was_free_is_gone_when_it_comes_to_take_it(kind: Kind) -> None:
+    semaphore = kind(2)
+    semaphore.acquire_nowait()
+    semaphore.acquire_nowait()
+
+    class Gone(deque[bool]):
+        def __bool__(self) -> bool:
+            return True
+
+    async def release_later() -> None:
+        await wait_all_tasks_blocked()
+        semaphore.release()
+
+    async with create_task_group() as tg:
+        tg.start_soon(semaphore.acquire)
+        await wait_all_tasks_blocked()
+        tg.start_soon(release_later)
+        semaphore.release()  # who has waited is granted it, but does not run before this one waits
+        semaphore._items = Gone()
+        assert await semaphore.acquire() is True
+
+
+@pytest.mark.anyio
 async def test_it_is_locked_for_others_while_a_waiter_is_about_to_get_what_is_free(
     kind: Kind,
 ) -> None:
