@@ -99,6 +99,7 @@ async def test_acquire_waits_if_what_was_free_is_gone_when_it_comes_to_take_it(k
 
     async def release_later() -> None:
         await wait_all_tasks_blocked()
+        semaphore._items = semaphore._queue.items
         semaphore.release()
 
     async with create_task_group() as tg:
