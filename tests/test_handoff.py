@@ -20,7 +20,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from aiosync import _handoff, _park
+from aiosync import Semaphore, _handoff, _park
 from aiosync._handoff import HandoffQueue, new_claim
 from aiosync._park import ThreadSleeper, run_in_thread
 
@@ -455,3 +455,12 @@ class TestWhoIsRunning:
             return sleeper._abort(None)
 
         assert trio.run(main) is trio.lowlevel.Abort.FAILED
+
+
+def test_what_is_critical_is_told_at_a_checkpoint_if_trio_was_not_there_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    semaphore = Semaphore()
+    monkeypatch.setattr(_park, "_critical", [nothing])
+    trio.run(semaphore.acquire)
+    assert _park._critical == []
