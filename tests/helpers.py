@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import anyio
 
@@ -60,6 +61,23 @@ class InThread:
         self._thread.join(PATIENCE)
         assert self.done(), "the thread hangs"
         return self._result
+
+
+class Places(list[int]):
+    """Those of a round of a barrier.
+
+    :param arrived: called when the first party has arrived, before it does anything else
+    """
+
+    def __init__(self, places: Iterable[int], arrived: Callable[[], object]) -> None:
+        super().__init__(places)
+        self._arrived = arrived
+
+    def pop(self, index: Any = -1) -> int:
+        place = super().pop(index)
+        if place == 0:
+            self._arrived()
+        return place
 
 
 class Aim:

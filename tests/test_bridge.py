@@ -26,7 +26,7 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
-from helpers import PATIENCE, Aim, InThread, spin_until, until, until_async, wait_for_moment
+from helpers import PATIENCE, Aim, InThread, Places, spin_until, until, until_async, wait_for_moment
 
 import aiosync
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore, as_threading
@@ -1229,22 +1229,16 @@ def test_a_round_may_trip_just_as_a_party_that_was_too_late_to_give_up_lies_down
     barrier = Barrier(2, action)
     last: list[InThread] = []
 
-    class Places(list[int]):
-        """The other party arrives just after the first, before its time is up."""
-
-        def pop(self, index: Any = -1) -> int:
-            place = super().pop(index)
-            if place == 0:
-                last.append(InThread(as_threading(barrier).wait))
-                assert acting.wait(PATIENCE)
-            return place
+    def come_last() -> None:  # just after the first, before its time is up
+        last.append(InThread(as_threading(barrier).wait))
+        assert acting.wait(PATIENCE)
 
     def new_sleeper() -> ThreadSleeper:
         go.set()
         assert last[0].result() == 1
         return thread_sleeper()
 
-    barrier._rounds.latest.places = Places(barrier._rounds.latest.places)
+    barrier._rounds.latest.places = Places(barrier._rounds.latest.places, come_last)
     twin = barrier._for_threads()
     twin._new_sleeper = new_sleeper
     assert run_in_thread(twin.wait(0)) == 0

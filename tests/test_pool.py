@@ -2298,6 +2298,32 @@ class TestTime(Virtual):
             assert closed_for(events) == ["idle", "idle"]
             pool.release(taken[2])
 
+    async def test_to_be_reset_is_not_to_be_idle(self, backend: Backend) -> None:
+        async def take_long(_: Connection) -> None:
+            await anyio.sleep(15)
+
+        pool = backend.pool(max_size=1, max_idle=10, check_timeout=None, reset=take_long)
+        async with pool:
+            connection = await pool.acquire()
+            began = anyio.current_time()
+            pool.release(connection)
+            await anyio.sleep(40)
+            assert [at - began for at in backend.closed_at] == [pytest.approx(25, abs=0.1)]
+            assert backend.opened == 1
+
+    async def test_a_new_one_that_nobody_waits_for_any_more_is_idle_from_then_on(
+        self, backend: Backend
+    ) -> None:
+        async def take_long(_: Connection) -> None:
+            await anyio.sleep(15)
+
+        pool = backend.pool(min_size=1, max_idle=10, connect_timeout=None, configure=take_long)
+        async with pool:
+            await pool.wait()
+            await anyio.sleep(9)
+            assert pool.get_stats()["pool_available"] == 1
+            assert backend.closings == []
+
     @pytest.mark.parametrize("option", ["max_idle", "max_lifetime"])
     async def test_whoever_had_it_before_it_is_closed_when_it_was_idle_for_long(
         self, backend: Backend, option: str

@@ -1053,3 +1053,24 @@ def test_an_event_that_is_taken_ill_costs_nobody_a_connection(kind: str) -> None
         assert told == [kind]
 
     run_virtually("asyncio", main)
+
+
+@pytest.mark.parametrize("kind", ["connect_failed", "outage"])
+def test_nor_does_it_let_anybody_wait_in_vain(kind: str) -> None:
+    def on_event(event: PoolEvent) -> None:
+        if event.kind == kind:
+            raise Outcome
+
+    def connect() -> Line:
+        raise ConnectionRefusedError
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        pool = ConnectionPool(connect, on_event=on_event, timeout=1000, fail_fast=True)
+        async with pool:
+            began = now()
+            with pytest.raises(PoolTimeout):
+                await pool.acquire()
+            assert now() - began < 1
+
+    run_virtually("asyncio", main)

@@ -1041,6 +1041,8 @@ class PoolModel(Model[Borrower]):
     def end_service(self, index: int, works: bool) -> None:
         _, link, step = self.serving.pop(index)
         if works:
+            if step == "reset":
+                link.idle_since = self.now
             self.give(link, step == "check")
         else:
             self.close(link, step)

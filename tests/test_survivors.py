@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import trio
 from anyio import WouldBlock, create_task_group, wait_all_tasks_blocked
-from helpers import PATIENCE, InThread, until
+from helpers import PATIENCE, InThread, Places, until
 
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore, as_threading
 from aiosync._barrier import _Round, _Rounds
@@ -364,19 +364,13 @@ def test_a_thread_without_patience_and_too_late_to_give_up_is_woken_after_the_ac
         acting.set()
         until(lambda: bool(round.threads))  # it lies down
 
-    class Places(list[int]):
-        """The last party arrives just after the first."""
-
-        def pop(self, index: Any = -1) -> int:
-            place = super().pop(index)
-            if place == 0:
-                last.append(InThread(as_threading(barrier).wait))
-                assert acting.wait(PATIENCE)
-            return place
+    def come_last() -> None:
+        last.append(InThread(as_threading(barrier).wait))
+        assert acting.wait(PATIENCE)
 
     barrier = Barrier(2, action)
     round = barrier._rounds.latest
-    round.places = Places(round.places)
+    round.places = Places(round.places, come_last)
     last: list[InThread] = []
     first = InThread(lambda: as_threading(barrier).wait(0))
     assert first.result() == 0
@@ -484,11 +478,53 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("trio_first", [True, False])
+_SO_IS_A_BARRIER = """
+import signal, threading, trio
+from aiosync import Barrier, BrokenBarrierError, _park, as_threading
+
+barrier = Barrier(2)
+ring = _park.ThreadSleeper.set_result
+
+def strike(self, result=None):
+    signal.raise_signal(signal.SIGINT)
+    ring(self)
+
+def wait():
+    try:
+        as_threading(barrier).wait()
+    except BrokenBarrierError:
+        got.append(True)
+
+async def main():
+    thread.start()
+    while not barrier._rounds.latest.threads:
+        await trio.sleep(0.001)
+    _park.ThreadSleeper.set_result = strike
+    barrier.abort()
+    thread.join(20)
+    print(got)
+
+got = []
+thread = threading.Thread(target=wait, daemon=True)
+try:
+    trio.run(main)
+except KeyboardInterrupt:
+    print("interrupted later")
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        _PROTECTED_FROM_THE_BEGINNING.format(trio_first=True),
+        _PROTECTED_FROM_THE_BEGINNING.format(trio_first=False),
+        _SO_IS_A_BARRIER,
+    ],
+    ids=["trio first", "trio later", "barrier"],
+)
 def test_no_keyboard_interrupt_of_trio_hits_a_program_in_which_no_task_has_waited_yet(
-    trio_first: bool,
+    program: str,
 ) -> None:
-    program = _PROTECTED_FROM_THE_BEGINNING.format(trio_first=trio_first)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE * 2
     )

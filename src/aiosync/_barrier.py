@@ -393,7 +393,10 @@ class Barrier(NotCopied):
                     if round.fate is None:
                         await sleeper
             except BaseException:
-                if is_task:  # of which a thousand may be cancelled at once
+                if is_task:
+                    # Not `abandon`: of a thousand that are cancelled at once each would wake all.
+                    # It is for handlers of signals that raise in the middle of waking others; trio
+                    # lets none do so, and asyncio's own only cancels.
                     round.break_(_CANCELLED, although_full=False)
                 else:
                     round.abandon()

@@ -212,19 +212,8 @@ class ThreadSleeper:
 
 _NOTHING_TO_AWAIT: Any = iter(())
 
-
-def thread_sleeper(look: Callable[[], object] | None = None) -> ThreadSleeper:
-    """Return a new sleeper for the thread that calls.
-
-    :param look: see `WatchfulThreadSleeper`; None: it sleeps until it is woken
-    :raises RuntimeError: if an event loop is running on this thread, which would freeze
-    """
-    if _get_running_loop() is not None or _running_trio() is not None:
-        raise RuntimeError(
-            "this would block the event loop that is running on this thread: await the acquire(), "
-            "wait() or connection() of the shared object itself, or do not wait (blocking=False)"
-        )
-    return ThreadSleeper() if look is None else WatchfulThreadSleeper(look)
+# How long, in seconds, a `WatchfulThreadSleeper` sleeps until it looks around.
+_NAP = 0.5
 
 
 class WatchfulThreadSleeper(ThreadSleeper):
@@ -241,16 +230,30 @@ class WatchfulThreadSleeper(ThreadSleeper):
         self._look = look
 
     def __await__(self) -> Generator[Any, None, None]:
-        while not self._bell.acquire(True, 0.5):
+        while not self._bell.acquire(True, _NAP):
             self._look()
         nothing: Generator[Any, None, None] = _NOTHING_TO_AWAIT
         return nothing
 
     async def at_most(self, timeout: float) -> None:
         deadline = monotonic() + timeout
-        while timeout > 0 and not self._bell.acquire(True, min(timeout, 0.5)):
+        while timeout > 0 and not self._bell.acquire(True, min(timeout, _NAP)):
             self._look()
             timeout = deadline - monotonic()
+
+
+def thread_sleeper(look: Callable[[], object] | None = None) -> ThreadSleeper:
+    """Return a new sleeper for the thread that calls.
+
+    :param look: see `WatchfulThreadSleeper`; None: it sleeps until it is woken
+    :raises RuntimeError: if an event loop is running on this thread, which would freeze
+    """
+    if _get_running_loop() is not None or _running_trio() is not None:
+        raise RuntimeError(
+            "this would block the event loop that is running on this thread: await the acquire(), "
+            "wait() or connection() of the shared object itself, or do not wait (blocking=False)"
+        )
+    return ThreadSleeper() if look is None else WatchfulThreadSleeper(look)
 
 
 # What every sleeper does, in the words of asyncio.Future:

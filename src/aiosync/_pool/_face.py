@@ -100,11 +100,12 @@ class ConnectionPool(NotCopied, Generic[T]):
         been idle for longest
     :param check_idle: a connection that was idle for longer than this is checked before anybody
         gets it. 0: each one is, always. None: never.
-    :param check_timeout: how long `check` or `reset` may take
+    :param check_timeout: how long `check` or `reset` may take. Who waits relies on them, and on a
+        `connect`, for 0.1 seconds; then another connection is checked, or made, if there may be.
     :param connect_timeout: how long `connect` and `configure` may take together; by default as
         `timeout`, or 30 if that is 0 or None
     :param close_timeout: how long `close` may take (5 if this is 0); and how long the pool, when it
-        is closed, waits for connections that are still borrowed
+        is closed, waits for connections that are still borrowed, checked or reset
     :param max_connecting: how many connections are being made at the same time, at most
     :param reconnect_timeout: for how long connecting has to fail until `reconnect_failed` is called
     :param reconnect_failed: called with the pool, every `reconnect_timeout` while connecting fails.

@@ -94,12 +94,11 @@ class Keeper(Generic[T]):
         # All there are; one is in here until it has been closed. Together with those being opened
         # never more than `max_size`, except after `resize`.
         self.records: dict[int, Record[T]] = {}
-        # How many tasks are opening one; and how many of those are about to configure it, so that
-        # it is among the records already.
-        self.opening = 0
-        self.configuring = 0
-        # Of each attempt to open one, how many had failed when it began; see `failures`.
+        # An entry for each task that is opening one: how many attempts had failed when it began,
+        # see `failures`. And how many of those tasks are about to configure it, so that it is among
+        # the records already.
         self._attempts: list[int] = []
+        self.configuring = 0
         # Those whose `reset` or `check` is running, and since when; and those whose `close` is.
         self.serving: dict[int, float] = {}
         self.leaving: set[int] = set()
@@ -229,6 +228,10 @@ class Keeper(Generic[T]):
         self._due = self._next_due(now)
 
     @property
+    def opening(self) -> int:
+        return len(self._attempts)
+
+    @property
     def size(self) -> int:
         return len(self.records) + self.opening - self.configuring
 
@@ -302,10 +305,9 @@ class Keeper(Generic[T]):
             number = max(self.min_size - self.size, missing)
             number = min(number, self.settings.max_connecting - self.opening)
         for _ in range(min(number, room)):
-            self.opening += 1
             failures = self.failures
             self._attempts.append(failures)
-            nothing = partial(self._open_nothing, failures)
+            nothing = partial(self._attempts.remove, failures)
             self.start(self._open, now, self.generation, failures, stillborn=nothing)
 
     def start(
@@ -370,7 +372,7 @@ class Keeper(Generic[T]):
             raise
         finally:
             # First what must not be left out whatever a hook that is told raises.
-            self._open_nothing(failures)
+            self._attempts.remove(failures)
             self.post(self.look)
             self.ledger.count("connections_num")
             if record is not None:
@@ -379,6 +381,7 @@ class Keeper(Generic[T]):
             if record is not None and ready:
                 if generation != self.generation:
                     record.retire("drain")
+                record.idle_since = self.clock()
                 self.give(record)
                 self._succeeded()
                 self.ledger.emit("connected", record)
@@ -387,11 +390,6 @@ class Keeper(Generic[T]):
             if error is not None:
                 self._failed(error, failures)
             del error  # or else it would keep itself, by its traceback
-
-    def _open_nothing(self, failures: int) -> None:
-        """Take note that an attempt is over."""
-        self.opening -= 1
-        self._attempts.remove(failures)
 
     def _adopt(self, connection: T) -> Record[T]:
         if connection is None:
@@ -430,16 +428,19 @@ class Keeper(Generic[T]):
             delay = min(_FIRST_DELAY * 2**self.failures, _LONGEST_DELAY)
             self.failures = min(self.failures + 1, 30)
             self._next_attempt = now + delay * _chance.uniform(0.5, 1)
+        if is_first:
+            self._complain_at = now + self.settings.reconnect_timeout
+        complains = now >= self._complain_at
+        if complains:
+            self._complain_at = now + self.settings.reconnect_timeout
+        if self.settings.fail_fast and not self.has_hope():
+            self.idle.fail(self.outage)
         self.ledger.emit("connect_failed", error=error)
         if is_first:
             log.warning("%s: cannot connect: %s", self.settings.name, describe(error))
-            self._complain_at = now + self.settings.reconnect_timeout
             self.ledger.emit("outage", error=error)
-        if now >= self._complain_at and self.settings.reconnect_failed is not None:
-            self._complain_at = now + self.settings.reconnect_timeout
+        if complains and self.settings.reconnect_failed is not None:
             self.ledger.tell(self.settings.reconnect_failed, self.pool)
-        if self.settings.fail_fast and not self.has_hope():
-            self.idle.fail(self.outage)
 
     def has_hope(self) -> bool:
         """Tell whether those who wait may get a connection that need not, or may not, be made."""
@@ -492,6 +493,8 @@ class Keeper(Generic[T]):
         finally:
             del self.serving[record.key]
             if good:
+                if step == "reset":  # not after a check: nobody has used it
+                    record.idle_since = self.clock()
                 self.give(record, checked=step == "check")
             else:
                 self.discard(record, step, error)
