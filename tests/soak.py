@@ -464,13 +464,11 @@ class Host:
     def troubles(self) -> list[str]:
         """Return what is wrong, when nobody uses it."""
         stats = self.pool.get_stats()
-        places = self.pool._places
         stale = {
             **{name: stats[name] for name in ("in_use", "connecting", "requests_waiting")},
             "not idle": stats["pool_size"] - stats["pool_available"],
             "not closed": len(self.open) - stats["pool_size"],
             "in line": len(self.pool._idle.line),
-            "max_waiting": places and self.pool._settings.max_waiting - places.free(),
         }
         return [f"{self.pool!r} is not at rest: {stale}"] if any(stale.values()) else []
 

@@ -748,7 +748,7 @@ class Idle:
         # What was idle when the keeper was called, and whether the queue was shut.
         self.calls: list[tuple[int, bool]] = []
         self.reason = Failure(RuntimeError)
-        self.queue: IdleQueue[str] = IdleQueue(True, ALWAYS, self.reason, self.keeper)
+        self.queue: IdleQueue[str] = IdleQueue(True, ALWAYS, self.reason, self.keeper, self.keeper)
         self.queue.open()
         self.record = self.make("connection")
         self.got: list[object] = []
@@ -1145,7 +1145,7 @@ IDLE_PUT_LOOKS_FIRST: list[Change] = [
     (
         IdleQueue.put,
         [
-            ("        if self.lifo:\n", "        line = bool(self.line)\n        if self.lifo:\n"),
+            ("        if self.lifo or", "        line = bool(self.line)\n        if self.lifo or"),
             ("        if self.line:\n", "        if line:\n"),
         ],
     )

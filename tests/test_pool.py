@@ -931,6 +931,21 @@ class TestBorrowing:
                 tg.cancel_scope.cancel()
             pool.release(connection)
 
+    async def test_who_was_handed_one_already_waits_no_more(self, backend: Backend) -> None:
+        async with backend.pool(max_size=1, max_waiting=1) as pool:
+            connection = await pool.acquire()
+
+            async def come_and_go() -> None:
+                pool.release(await pool.acquire())
+
+            async with create_task_group() as tg:
+                tg.start_soon(come_and_go)
+                await settle()
+                pool.release(connection)
+                # It has not run since.
+                assert await pool.acquire() is connection
+            pool.release(connection)
+
     async def test_what_is_not_borrowed_can_not_be_given_back(self, backend: Backend) -> None:
         other = Backend()
         async with backend.pool(name="db", max_size=2) as pool, other.pool() as stranger:
@@ -1046,6 +1061,17 @@ class TestBorrowing:
             again = await some(pool, 3)
             assert [taken.index(connection) for connection in again] == [1, 0, 2]
             give_back(pool, again)
+
+    async def test_who_is_cancelled_does_not_spoil_that_order(self, backend: Backend) -> None:
+        async with backend.pool(max_size=3, lifo=False) as pool:
+            taken = await some(pool, 3)
+            order = taken.copy()
+            give_back(pool, taken[::-1])
+            with CancelScope() as scope:
+                scope.cancel()
+                await pool.acquire()
+            assert await some(pool, 3) == order
+            give_back(pool, order)
 
     @pytest.mark.parametrize("fast", [False, True])
     async def test_only_a_fast_acquire_does_without_a_checkpoint(
@@ -2357,6 +2383,48 @@ class TestTime(Virtual):
                 await anyio.sleep(9)
         assert backend.opened == 1
 
+    @pytest.mark.parametrize(
+        ("check_idle", "pause", "checks"),
+        [
+            (0.0, 0.05, 12),  # each time
+            (1.0, 5.0, 12),  # all of them are stale whenever somebody comes
+            (0.5, 0.1, 1),  # only those that were not used before
+        ],
+    )
+    @pytest.mark.parametrize("fast", [False, True])
+    async def test_the_one_that_was_idle_for_longest_is_next_also_if_it_is_to_be_checked(
+        self, backend: Backend, check_idle: float, pause: float, checks: int, fast: bool
+    ) -> None:
+        checked: list[int] = []
+        pool = backend.pool(
+            max_size=3, lifo=False, check=lambda connection: checked.append(connection.number),
+            check_idle=check_idle, fast_acquire=fast,
+        )  # fmt: skip
+        async with pool:
+            taken = await some(pool, 3)
+            for connection in taken:
+                await anyio.sleep(check_idle / 2)
+                pool.release(connection)
+            used: list[int] = []
+            for _ in range(12):
+                await anyio.sleep(pause)
+                async with pool.connection() as connection:
+                    used.append(connection.number)
+        assert sorted(used) == sorted([1, 2, 3] * 4)
+        assert used[3:] == used[:-3]
+        assert len(checked) == checks
+
+    async def test_to_check_all_does_not_change_who_is_next(self, backend: Backend) -> None:
+        for lifo in (False, True):
+            async with backend.pool(max_size=3, lifo=lifo, check=nothing) as pool:
+                taken = await some(pool, 3)
+                for connection in taken:
+                    pool.release(connection)
+                await pool.check()
+                again = await some(pool, 3)
+                assert again == (taken[::-1] if lifo else taken)
+                give_back(pool, again)
+
     async def test_ten_minutes_is_max_idle_by_default(self, backend: Backend) -> None:
         async with backend.pool(max_size=1) as pool:
             pool.release(await pool.acquire())
@@ -3119,6 +3187,112 @@ async def main():
 anyio.run(main, backend=sys.argv[1])
 print("the end")
 """
+
+
+FORK_AND_GO_ON = """
+import asyncio, gc, os, sys
+import anyio, trio
+from aiosync import ConnectionPool, PoolClosed
+
+parent = os.getpid()
+calls = []
+
+class Connection:
+    def __init__(self):
+        calls.append("connect")
+
+    def __del__(self):
+        if os.getpid() != parent:
+            calls.append("del")
+
+async def close(connection):
+    calls.append("close")
+    await sleep()
+
+async def reset(connection):
+    calls.append("reset")
+    await sleep()
+
+async def check(connection):
+    calls.append("check")
+
+async def slow():
+    await sleep()
+    return Connection()
+
+async def sleep():
+    await anyio.sleep(0.05)
+
+pool = ConnectionPool(
+    slow, close=close, reset=reset, check=check, check_idle=0, min_size=4, max_size=5,
+    max_idle=0.1, max_connecting=4,
+)
+
+async def prepare():
+    await pool.__aenter__()
+    await pool.wait()
+    taken = [await pool.acquire() for _ in range(4)]
+    pool.release(taken[0])
+    pool.discard(taken[1])
+    await anyio.sleep(0.02)  # one is being reset, one closed, and one made in its place
+    pool.release(taken[2])  # so is this in a moment
+    del calls[:]
+
+async def child():
+    await anyio.sleep(0.5)
+    gc.collect()
+    try:
+        await pool.acquire()
+    except PoolClosed:
+        pass
+    await pool.__aexit__(None, None, None)
+    assert calls in ([], ["connect"]), calls  # that was under way
+
+def fork():
+    if os.fork():
+        assert os.wait()[1] == 0, "the child has failed"
+        return False
+    return True
+
+def leave():
+    sys.stderr.flush()
+    os._exit(0)
+
+async def run_trio():
+    await prepare()
+    if fork():
+        await child()
+        leave()
+    await pool.__aexit__(None, None, None)
+
+if sys.argv[1] == "trio":
+    trio.run(run_trio)
+else:
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(prepare())
+    if fork():
+        loop.run_until_complete(child())
+        leave()
+    loop.run_until_complete(pool.__aexit__(None, None, None))
+    loop.close()
+assert {"reset", "close"} <= set(calls), calls
+print("the end")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork on Windows")
+def test_a_child_process_that_runs_the_inherited_loop_leaves_them_alone_too(
+    loop_name: str,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_AND_GO_ON, loop_name],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE * 2,
+        check=False,
+    )
+    assert done.stdout == "the end\n", done.stderr
+    assert done.returncode == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork on Windows")

@@ -35,12 +35,14 @@ def failure() -> Failure:
     return Failure(lambda: PoolClosed("closed"))
 
 
-def idle_queue(calls: list[Any] | None = None) -> IdleQueue[Connection]:
+def idle_queue(calls: list[Any] | None = None, lifo: bool = True) -> IdleQueue[Connection]:
     """Return an open queue; `calls` gets the arguments each time that it calls its keeper."""
     found = [] if calls is None else calls
-    queue: IdleQueue[Connection] = IdleQueue(
-        True, ALWAYS, failure(), lambda *args: found.append(args)
-    )
+
+    def call(*args: object) -> None:
+        found.append(args)
+
+    queue: IdleQueue[Connection] = IdleQueue(lifo, ALWAYS, failure(), call, call)
     queue.open()
     return queue
 
@@ -57,6 +59,8 @@ class Emptied(deque[Any]):
     def pop(self) -> Any:  # type: ignore[override]
         super().clear()
         return super().pop()
+
+    popleft = pop
 
 
 class Changed(deque[Any]):
@@ -94,6 +98,14 @@ class TestTheQueue:
         queue = idle_queue()
         queue.dormant = Emptied([record()])
         assert queue.pick(0, False) is None
+
+    def test_or_the_one_to_be_checked_next(self) -> None:
+        calls: list[Any] = []
+        queue = idle_queue(calls, lifo=False)
+        queue.dormant = Emptied([record()])
+        queue.items.append(good := record())
+        assert queue.pick(0, True) is good
+        assert calls == []
 
     def test_a_copy_of_what_others_change_is_tried_again(self) -> None:
         queue = idle_queue()

@@ -667,13 +667,18 @@ class TestTheLoopOfThePoolHasEnded:
                 start(lambda: view.acquire(PATIENCE)).result(PATIENCE)
             with pytest.raises(PoolClosed, match="has ended, without closing the pool"):
                 start(lambda: view.acquire(0)).result(PATIENCE)
+            with pytest.raises(PoolClosed, match="has ended, without closing the pool"):
+                start(view.acquire_nowait).result(PATIENCE)
 
     @pytest.mark.parametrize("timeout", [PATIENCE, math.inf])
     def test_a_loop_that_was_closed_with_tasks_on_it_leaves_nobody_waiting(
         self, timeout: float
     ) -> None:
-        with abandoned(timeout) as (_, future), pytest.raises(PoolClosed, match="has ended"):
-            future.result(PATIENCE)
+        with abandoned(timeout) as (view, future):
+            with pytest.raises(PoolClosed, match="has ended"):
+                future.result(PATIENCE)
+            stats = view.get_stats()
+            assert (stats["requests_errors"], stats["cancelled"]) == (1, 0)
 
     def test_a_thread_looks_for_that_before_it_says_that_its_time_is_over(self) -> None:
         looks: list[float] = []

@@ -761,8 +761,9 @@ class PoolModel(Model[Borrower]):
         self.idle: list[Link] = []
         self.stale: list[Link] = []
         self.lent: dict[int, Link] = {}
-        # Given back, but not to be used again as they are; and those being closed: until when, why.
-        self.returned: list[Link] = []
+        # Not to be used again as they are, but after which step; and those being closed: until
+        # when, why.
+        self.returned: list[tuple[Link, str]] = []
         self.leaving: list[tuple[float, Link, str]] = []
         self.line: list[Borrower] = []
         # What hangs: since when, before which `drain`; until when, which, in what.
@@ -803,13 +804,14 @@ class PoolModel(Model[Borrower]):
         while self.idle and not self.line:
             link = self.idle.pop()
             if self.good_until(link) > self.now:
+                if self.stale and not self.options.lifo:
+                    self.returned.append((self.stale.pop(0), "check"))
                 return link
             self.stale.append(link)
         if patient or self.line:
             return None
-        return next(
-            (link for link in reversed(self.stale) if self.spoils_at(link) > self.now), None
-        )
+        stale = self.stale[:: -1 if self.options.lifo else 1]
+        return next((link for link in stale if self.spoils_at(link) > self.now), None)
 
     def lend(self, link: Link) -> int:
         if link in self.stale:
@@ -826,7 +828,7 @@ class PoolModel(Model[Borrower]):
         elif (link := self.pick(seconds > 0)) is not None:
             if cancelled and not self.options.fast_acquire:
                 self.outcomes[number] = CANCELLED
-                self.put(link, True)
+                self.put(link, True, first=True)
             else:
                 self.outcomes[number] = self.lend(link)
         elif seconds <= 0:
@@ -867,7 +869,7 @@ class PoolModel(Model[Borrower]):
         if self.is_plain(link, self.now):
             self.put(link, direct)
         else:
-            self.returned.append(link)
+            self.returned.append((link, "reset"))
         return None
 
     def discard(self, number: int, direct: bool) -> object:
@@ -875,11 +877,11 @@ class PoolModel(Model[Borrower]):
             self.lent[number].retire("discard")
         return self.release(number, direct)
 
-    def put(self, link: Link, direct: bool) -> None:
+    def put(self, link: Link, direct: bool, first: bool = False) -> None:
         if link.expires == NEVER:
-            self.returned.append(link)
+            self.returned.append((link, "reset"))
             return
-        self.idle.insert(len(self.idle) if self.options.lifo else 0, link)
+        self.idle.insert(len(self.idle) if self.options.lifo or first else 0, link)
         while self.idle and self.line:
             borrower = self.line.pop(0)
             if not borrower.cancelled:
@@ -935,11 +937,11 @@ class PoolModel(Model[Borrower]):
                 self.forget(link, reason)
         self.leaving = [leaving for leaving in self.leaving if leaving[0] > self.now]
         while self.returned:
-            link = self.returned.pop(0)
-            if link.expires <= self.now:
+            link, step = self.returned.pop(0)
+            if link.expires <= self.now and step == "reset":
                 self.close(link, link.retired)
             else:
-                self.serve(link, "reset")
+                self.serve(link, step)
         for number, (until, _, _) in reversed(list(enumerate(self.serving))):
             if until <= self.now:
                 self.end_service(number, False)
@@ -956,7 +958,7 @@ class PoolModel(Model[Borrower]):
                 self.close(link, link.retired if link.expires <= self.now else "idle")
         self.shrink()
         while self.stale and len(self.line) > len(self.soon()):
-            self.serve(self.stale.pop(), "check")
+            self.serve(self.stale.pop(-1 if self.options.lifo else 0), "check")
         self.grow()
 
     def snapshot(self) -> list[Link]:
@@ -1007,7 +1009,7 @@ class PoolModel(Model[Borrower]):
             self.links[link.number] = link
             if generation != self.generation:
                 link.retire("drain")
-            self.give(link, True)
+            self.give(link, "open")
             self.failures = 0
             return
         self.counts["connections_errors"] += 1
@@ -1021,18 +1023,20 @@ class PoolModel(Model[Borrower]):
     def has_hope(self) -> bool:
         return bool(self.stale or self.serving) or self.size >= self.max_size
 
-    def give(self, link: Link, checked: bool) -> None:
+    def give(self, link: Link, step: str) -> None:
         if link.expires <= self.now:
             self.close(link, link.retired)
             return
-        if checked or self.options.check_idle != 0:
-            self.put(link, True)
+        if step != "check":
+            link.idle_since = self.now
+        if step != "reset" or self.options.check_idle != 0:
+            self.put(link, True, first=step == "check")
         else:
             self.stale.append(link)
 
     def serve(self, link: Link, step: str) -> None:
         if step == "reset" and not self.options.resets:
-            self.give(link, False)
+            self.give(link, step)
             return
         self.serving.append((self.now + self.options.check_timeout, link, step))
         if not self.hooks_hang:
@@ -1041,9 +1045,7 @@ class PoolModel(Model[Borrower]):
     def end_service(self, index: int, works: bool) -> None:
         _, link, step = self.serving.pop(index)
         if works:
-            if step == "reset":
-                link.idle_since = self.now
-            self.give(link, step == "check")
+            self.give(link, step)
         else:
             self.close(link, step)
 
@@ -1060,7 +1062,8 @@ class PoolModel(Model[Borrower]):
         self.counts[f"closed_{reason}"] += 1
 
     def check_all(self) -> None:
-        for link in self.snapshot() if self.options.check_idle is not None else ():
+        idle = self.snapshot()[:: 1 if self.options.lifo else -1]
+        for link in idle if self.options.check_idle is not None else ():
             (self.idle if link in self.idle else self.stale).remove(link)
             self.serve(link, "check")
 
@@ -1509,8 +1512,6 @@ class PoolMachine(Machine[PoolModel]):
             self.agree(len(idle.line), len(model.line))
             children = 1 + len(model.opening) + len(model.serving) + len(leaving)
             self.agree(len(keeper.children), children)
-        if self.pool._places is not None:
-            self.agree(self.pool._places.free(), model.options.max_waiting - len(model.line))
 
 
 @pytest.fixture

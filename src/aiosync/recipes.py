@@ -101,7 +101,8 @@ def sqlite_pool(
 
     What was not committed is rolled back when a connection comes back. Whatever else was changed,
     such as a ``row_factory``, stays. When the pool is closed while one is borrowed for longer than
-    `close_timeout`, its statements are interrupted until its borrower gives up.
+    `close_timeout`, its statements are interrupted until its borrower gives up; one that does not,
+    for as long again, keeps it open until Python collects it.
 
     :param database: the path of the file, or a URI. A database in memory belongs to one connection,
         unless it is a URI with ``cache=shared``; keep a connection of your own to one of those,

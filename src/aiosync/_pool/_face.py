@@ -21,7 +21,6 @@ from .._errors import (
     TooManyRequests,
     check_timeout,
 )
-from .._handoff import HandoffQueue
 from .._park import (
     at_most,
     checkpoint,
@@ -58,9 +57,6 @@ _FORKED = "was opened before a fork, and belongs to the parent process: open one
 
 _numbers = count(1)
 _open_pools: WeakSet[ConnectionPool[Any]] = WeakSet()
-# What a child process must not use, nor even let Python collect: a driver's finalizer might say
-# good-bye to the server on a socket that the parent still uses.
-_inherited: list[object] = []
 
 
 class ConnectionPool(NotCopied, Generic[T]):
@@ -91,13 +87,14 @@ class ConnectionPool(NotCopied, Generic[T]):
     :param max_size: how many there may be at most; 1 or more
     :param name: for messages; by default "pool-1" and so on
     :param timeout: how long to wait for a connection at most, unless the call says otherwise
-    :param max_waiting: how many may wait for a connection at the same time; 0: any number
+    :param max_waiting: how many may wait for a connection at the same time; 0: any number. Threads
+        that come at the very same moment may be some more.
     :param max_lifetime: how old a connection may get before it is replaced; more than 0. Each is
         given up to 5% less, so that not all are replaced at once.
     :param max_idle: how long a connection may be idle before it is closed; more than 0. It is
         replaced if there are fewer than `min_size` left.
     :param lifo: whether the connection that was used last is used next; False: the one that has
-        been idle for longest
+        been idle for longest, or the one after that while that one is checked
     :param check_idle: a connection that was idle for longer than this is checked before anybody
         gets it. 0: each one is, always. None: never.
     :param check_timeout: how long `check` or `reset` may take. Who waits relies on them, and on a
@@ -135,7 +132,6 @@ class ConnectionPool(NotCopied, Generic[T]):
         "_lent",
         "_lifo",
         "_line",
-        "_places",
         "_popped",
         "_service",
         "_settings",
@@ -215,17 +211,13 @@ class ConnectionPool(NotCopied, Generic[T]):
         self._lent = self._keeper.lent
         self._fast_acquire = fast_acquire
         # True if `acquire` may not simply take an idle connection; see `Semaphore`.
-        self._detour = self._line if fast_acquire and settings.leak_timeout == ALWAYS else True
+        is_plain = fast_acquire and lifo and settings.leak_timeout == ALWAYS
+        self._detour = self._line if is_plain else True
         self._fresh = settings.fresh
         # Whether to note who borrows.
         self._watch = settings.leak_timeout != ALWAYS
         # Whether each connection that comes back goes to the keeper first.
         self._service = settings.reset is not None or settings.check_idle == 0
-        # An item for each who may still begin to wait; None: there is no limit.
-        self._places: HandoffQueue[bool] | None = None
-        if max_waiting:
-            self._places = HandoffQueue()
-            self._places.put_equal(True, max_waiting)
         # What `pop_stats` subtracts.
         self._popped: dict[str, int] = {}
         self._lifo = lifo
@@ -298,20 +290,8 @@ class ConnectionPool(NotCopied, Generic[T]):
         )
 
     def _leave_to_parent(self) -> None:
-        """In a child process: let go of all that belongs to the parent, without touching it."""
         self._state = _FORKED
-        keeper = self._keeper
-        _inherited.append((keeper.records.copy(), keeper.mailbox.waiters, self._idle.waiters))
-        for record in keeper.records.values():
-            _inherited.append(record.alive())
-            record.ref = None
-        self._idle.call_keeper = bool
-        self._idle.shut = keeper.closed
-        self._line.append(None)
-        self._items.clear()
-        self._idle.dormant.clear()
-        self._lent.clear()
-        keeper.records.clear()
+        self._keeper.leave_to_parent()
 
     # -- Borrowing.
 
@@ -373,6 +353,8 @@ class ConnectionPool(NotCopied, Generic[T]):
         now = self._clock()
         record = self._idle.pick(now, False)
         if record is None:
+            if here() is None:
+                self._check_loop()
             self._keeper.post(self._keeper.want)
             raise WouldBlock
         return self._lend(record, now)
@@ -413,12 +395,10 @@ class ConnectionPool(NotCopied, Generic[T]):
                     # Without a timer of our own, which is half of what it costs to wait.
                     self._keeper.watch(deadline)
                     found = await idle.wait(sleeper, None, None, deadline)
-            except BaseException:
-                self._count_wait("cancelled", began)
+            except BaseException as error:
+                is_closed = isinstance(error, PoolClosed)  # see `_check_loop`
+                self._count_wait("requests_errors" if is_closed else "cancelled", began)
                 raise
-            finally:
-                if self._places is not None:
-                    self._places.put(True)
             if isinstance(found, Record):
                 now = self._clock()
                 found.queued += 1
@@ -453,7 +433,7 @@ class ConnectionPool(NotCopied, Generic[T]):
             raise keeper.outage.error()
         if not is_task:
             self._check_loop()
-        if self._places is not None and not self._places.take_or(False):
+        if 0 < self._settings.max_waiting <= len(self._idle.waiters):
             keeper.ledger.count("requests_errors")
             raise TooManyRequests(
                 f"{self._settings.max_waiting} wait for a connection of {self.name} already"
@@ -479,7 +459,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         """Put back an idle connection that was taken, but not lent."""
         now = self._clock()
         if record.good_until > now:
-            self._idle.put(record)
+            self._idle.put(record, first=True)
         elif record.expires <= now:
             self._idle.call_keeper(record)
         else:

@@ -30,17 +30,25 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
     nobody takes the common path, and whoever puts a connection in calls `match`.
     """
 
-    __slots__ = ("call_keeper", "dormant", "lifo", "max_idle", "room", "shut")
+    __slots__ = ("call_keeper", "check_soon", "dormant", "lifo", "max_idle", "room", "shut")
 
     def __init__(
-        self, lifo: bool, max_idle: float, shut: Failure, call_keeper: Callable[..., object]
+        self,
+        lifo: bool,
+        max_idle: float,
+        shut: Failure,
+        call_keeper: Callable[..., object],
+        check_soon: Callable[[Record[T]], object],
     ) -> None:
         super().__init__()
         self.lifo = lifo
         self.max_idle = max_idle
         # Has the keeper see to who waits; with a connection as its argument, to that as well.
         self.call_keeper = call_keeper
-        # Idle as well, but to be checked, or replaced, by the keeper before anybody gets them.
+        # Has the keeper check one.
+        self.check_soon = check_soon
+        # Idle as well, but to be checked, or replaced, by the keeper before anybody gets them. Who
+        # was laid aside last is on the right.
         self.dormant: deque[Record[T]] = deque()
         # Whether there may be one connection more. Written by the keeper before it looks at the
         # waiters; read by a waiter after it can be seen.
@@ -61,14 +69,19 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
         self.match()
 
     @critical
-    def put(self, item: Record[T] | Failure) -> None:
+    def put(self, item: Record[T] | Failure, first: bool = False) -> None:
+        """Let somebody have `item`.
+
+        :param first: whether it is next, although it is not `lifo`: nobody has used it since it was
+            idle
+        """
         if item.good_until == NEVER:
             # Handed over, and not taken. A failure is of no use to others; a connection that was
             # retired meanwhile is the keeper's.
             if isinstance(item, Record):
                 self.call_keeper(item)
             return
-        if self.lifo:
+        if self.lifo or first:
             self.items.append(item)
         else:
             self.items.appendleft(item)
@@ -121,6 +134,13 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
             if isinstance(item, Failure):
                 continue
             if item.good_until > now:
+                if self.dormant and not self.lifo:
+                    # Or else others would be passed over for as long as one is good. Who waits for
+                    # none of them gets this one, and the next gets the one that is checked.
+                    try:
+                        self.check_soon(self.pop_dormant())
+                    except IndexError:
+                        pass  # the keeper took it
                 return item
             self.lay_aside(item)
         if patient or self.waiters:
@@ -128,7 +148,7 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
         found, spoiled = None, []
         while self.dormant and found is None:
             try:
-                record = self.dormant.pop()
+                record = self.pop_dormant()
             except IndexError:
                 break  # the keeper took it
             if self.spoils_at(record) <= now:
@@ -139,6 +159,14 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
             self.dormant.extend(spoiled)
             self.call_keeper()
         return found
+
+    @critical
+    def pop_dormant(self) -> Record[T]:
+        """Take the one that is next.
+
+        :raises IndexError: if there is none
+        """
+        return self.dormant.pop() if self.lifo else self.dormant.popleft()
 
     @critical
     def lay_aside(self, record: Record[T]) -> None:

@@ -66,9 +66,9 @@ _LIFETIME_JITTER = 0.05
 _SOON = 0.1
 
 
-async def _call(hook: Callable[..., Any], *args: object) -> Any:
-    result = hook(*args)
-    return await result if isawaitable(result) else result
+# What a child process must not use, nor even let Python collect: a driver's finalizer might say
+# good-bye to the server on a socket that the parent still uses.
+_inherited: list[object] = []
 
 
 class Keeper(Generic[T]):
@@ -86,7 +86,7 @@ class Keeper(Generic[T]):
         self.clock: Callable[[], float]
         self.mailbox: HandoffQueue[Callable[[], object]] = HandoffQueue()
         self.idle: IdleQueue[T] = IdleQueue(
-            settings.lifo, settings.max_idle, self.closed, self.call
+            settings.lifo, settings.max_idle, self.closed, self.call, self.check_soon
         )
         # Those who are borrowed, by the id of the connection. To remove one is to claim the right
         # to say where it goes: back, lost or, when the pool is closed, by force.
@@ -129,6 +129,8 @@ class Keeper(Generic[T]):
         self.tasks: set[int] = set()
         self.stopping = False
         self.finished = False
+        # Whether this is a child process; see `leave_to_parent`.
+        self.is_orphan = False
         self.crash: Exception | None = None
 
     # -- From any thread, but for `watch`.
@@ -146,6 +148,11 @@ class Keeper(Generic[T]):
         self.post(_nothing if record is None else partial(self.returned, record))
 
     @critical
+    def check_soon(self, record: Record[T]) -> None:
+        """Check an idle connection that somebody has taken out."""
+        self.post(partial(self.serve, record, "check"))
+
+    @critical
     def collected(self, record: Record[T], _: object) -> None:
         """Take note that nobody has the connection any more. Called by Python."""
         self.lent.pop(record.key, None)
@@ -156,6 +163,27 @@ class Keeper(Generic[T]):
         if deadline < self.next_deadline:  # or else those who came before see to it
             self.next_deadline = deadline
             self.call()
+
+    def leave_to_parent(self) -> None:
+        """In a child process: let go of all that belongs to the parent, without touching it.
+
+        Our tasks are the parent's as well; but here, too, somebody may go on running them.
+        """
+        idle, mailbox = self.idle, self.mailbox
+        _inherited.append(
+            (self.records.copy(), mailbox.items.copy(), mailbox.waiters, idle.waiters)
+        )
+        for record in self.records.values():
+            _inherited.append(record.alive())
+            record.ref = None
+            record.retire("shutdown")
+        idle.call_keeper = bool
+        idle.shut = self.closed
+        idle.line.append(None)
+        self.is_orphan = True
+        self.min_size = self.max_size = 0
+        for pile in idle.items, idle.dormant, mailbox.items, self.lent, self.records:
+            pile.clear()
 
     # -- The main task.
 
@@ -283,7 +311,7 @@ class Keeper(Generic[T]):
         dormant = self.idle.dormant
         while dormant and len(self.idle.waiters) > len(self._soon(now)):
             try:
-                record = dormant.pop()
+                record = self.idle.pop_dormant()
             except IndexError:
                 break  # somebody who does not wait took it
             self.serve(record, "check")
@@ -345,6 +373,13 @@ class Keeper(Generic[T]):
         self.children.add(key)
         start_in_background(run, name, end)
 
+    async def _call(self, hook: Callable[..., Any], *args: object) -> Any:
+        if self.is_orphan:
+            _inherited.append(args)
+            raise self.closed.error()
+        result = hook(*args)
+        return await result if isawaitable(result) else result
+
     # -- Opening.
 
     async def _open(self, began: float, generation: int, failures: int) -> None:
@@ -357,11 +392,11 @@ class Keeper(Generic[T]):
                 try:
                     if self.stopping:
                         return
-                    connection = await _call(self.settings.connect)
+                    connection = await self._call(self.settings.connect)
                     record = self._adopt(connection)
                     self.configuring += 1
                     if self.settings.configure is not None:
-                        await _call(self.settings.configure, connection)
+                        await self._call(self.settings.configure, connection)
                     ready = True
                 finally:
                     self._connects.discard(scope)
@@ -381,8 +416,7 @@ class Keeper(Generic[T]):
             if record is not None and ready:
                 if generation != self.generation:
                     record.retire("drain")
-                record.idle_since = self.clock()
-                self.give(record)
+                self.give(record, "open")
                 self._succeeded()
                 self.ledger.emit("connected", record)
             elif record is not None:
@@ -448,15 +482,17 @@ class Keeper(Generic[T]):
 
     # -- Serving, closing.
 
-    def give(self, record: Record[T], *, checked: bool = True) -> None:
-        """Let somebody have it; unless nobody may."""
+    def give(self, record: Record[T], step: Literal["open", "check", "reset"]) -> None:
+        """Let somebody have it, after that step; unless nobody may."""
         now = self.clock()
         if record.expires <= now:
             self.discard(record, record.retired)
             return
-        if checked or self.settings.check_idle > 0:
+        if step != "check":  # that uses nothing
+            record.idle_since = now
+        if step != "reset" or self.settings.check_idle > 0:
             record.good_until = min(record.expires, now + self.settings.fresh)
-            self.idle.put(record)
+            self.idle.put(record, first=step == "check")
         else:
             self.idle.dormant.append(record)
 
@@ -470,7 +506,7 @@ class Keeper(Generic[T]):
     def serve(self, record: Record[T], step: Literal["check", "reset"]) -> None:
         """Reset or check a connection; then let somebody have it."""
         if getattr(self.settings, step) is None:
-            self.give(record, checked=False)
+            self.give(record, step)
             return
         self.serving[record.key] = self.clock()
         self.start(self._serve, record, step, stillborn=partial(self._serve_again, record, step))
@@ -482,7 +518,7 @@ class Keeper(Generic[T]):
             with fail_after(self.settings.check_timeout, shield=True) as scope:
                 self._serves.add(scope)
                 try:
-                    result = await _call(getattr(self.settings, step), record.connection)
+                    result = await self._call(getattr(self.settings, step), record.connection)
                 finally:
                     self._serves.discard(scope)
                 if step == "check" and result is False:
@@ -493,9 +529,7 @@ class Keeper(Generic[T]):
         finally:
             del self.serving[record.key]
             if good:
-                if step == "reset":  # not after a check: nobody has used it
-                    record.idle_since = self.clock()
-                self.give(record, checked=step == "check")
+                self.give(record, step)
             else:
                 self.discard(record, step, error)
             self.call()
@@ -508,7 +542,9 @@ class Keeper(Generic[T]):
     def begin_check(self, done: list[bool]) -> None:
         """Check those that are idle now."""
         end = partial(self._end_check, done)
-        self.start(self._check_all, self.idle.snapshot(), end, stillborn=end)
+        idle = self.idle.snapshot()
+        # Who is checked last is handed out first.
+        self.start(self._check_all, idle if self.settings.lifo else idle[::-1], end, stillborn=end)
 
     def _end_check(self, done: list[bool]) -> None:
         done.append(True)
@@ -545,7 +581,7 @@ class Keeper(Generic[T]):
         connection = record.alive()
         try:
             with fail_after(self.settings.time_to_close, shield=True):
-                await _call(self.settings.close, connection)
+                await self._call(self.settings.close, connection)
         except Exception as caught:
             self.ledger.emit("close_failed", record, error=caught)
         finally:
