@@ -1096,12 +1096,13 @@ A_PARTY_LOOKS_FIRST: list[Change] = [
         Barrier.wait,
         [
             (
-                "                if sleeper is not None:\n",
-                "                seen = round.fate\n                if sleeper is not None:\n",
+                "            if sleeper is not None:\n                if is_task",
+                "            seen = round.fate\n"
+                "            if sleeper is not None:\n                if is_task",
             ),
             (
-                "round.threads[sleeper] = None\n                    if round.fate is None:\n",
-                "round.threads[sleeper] = None\n                    if seen is None:\n",
+                "round.threads[sleeper] = None\n                if round.fate is None:\n",
+                "round.threads[sleeper] = None\n                if seen is None:\n",
             ),
         ],
     )

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -311,6 +312,11 @@ def test_release_by_a_finalizer_on_the_loop_of_the_waiter_wakes_it(loop: str, wh
 
 
 # --- Interruptions at every bytecode ---
+
+
+class Interrupt(BaseException):
+    """What a handler of SIGINT might raise."""
+
 
 _FILES = {str(path) for path in Path(aiosync.__file__).parent.glob("*.py")}
 
@@ -961,6 +967,46 @@ def test_handler_at_any_bytecode_of_the_last_arrival_is_heard_by_all_threads_or_
     assert mine == 1
     assert broken
     assert k > broken
+
+
+@pytest.mark.filterwarnings("ignore:coroutine '.*' was never awaited:RuntimeWarning")
+def test_an_exception_at_any_bytecode_of_a_thread_s_own_wait_leaves_nobody_asleep(
+    strikes: Strikes,
+) -> None:
+    def strike() -> None:
+        raise Interrupt
+
+    ends: Counter[str] = Counter()
+    k, going = 0, True
+    while going:
+        barrier = Barrier(3)
+        round = barrier._rounds.latest
+
+        def wait(enough: int, shared: Barrier = barrier, round: Any = round) -> object:
+            until(lambda: len(round.threads) >= enough or shared.broken)
+            return in_this_thread(shared, lambda twin: twin.wait(PATIENCE))
+
+        # The first sleeps until the one that is interrupted, which was the second, wakes it.
+        others = [Elsewhere(lambda wait=wait: wait(0))]  # type: ignore[misc]
+        until(lambda round=round: len(round.threads) == 1)  # type: ignore[misc]
+        others.append(Elsewhere(lambda wait=wait: wait(2)))  # type: ignore[misc]
+        mine: object = None
+        with strikes.at(k, strike) as struck:
+            try:
+                mine = in_this_thread(barrier, lambda twin: twin.wait(PATIENCE))
+            except Interrupt:
+                mine = Interrupt
+        if mine is Interrupt and not barrier.broken and barrier.n_waiting == 1:
+            # It had not arrived; somebody else comes.
+            in_this_thread(barrier, lambda twin: twin.wait(PATIENCE))
+        outcomes = [other.outcome() for other in others]
+        assert outcomes in ([0, 2], [BrokenBarrierError] * 2)
+        assert mine in (1, Interrupt)
+        ends["passed" if outcomes == [0, 2] else "broken"] += mine is Interrupt
+        going = struck()
+        k += going
+    assert mine == 1
+    assert min(ends["passed"], ends["broken"]) > 10, ends
 
 
 # --- Real signals, and the real collector, at random ---

@@ -126,11 +126,10 @@ class _Round:
 
     @critical
     def wake_a_thread(self) -> None:
-        try:
-            thread, _ = self.threads.popitem()
-        except KeyError:
-            return  # there is none left
-        thread.set_result(None)  # for a thread this is the same from everywhere
+        """Wake one that has not left yet; which may be the one that was woken last time."""
+        threads = list(self.threads)
+        if threads:
+            threads[-1].set_result(None)  # for a thread this is the same from everywhere
 
     @critical
     def leave(self, thread: Sleeper) -> None:
@@ -324,6 +323,7 @@ class Barrier(NotCopied):
         round = rounds.latest
         is_task = self._new_sleeper is task_sleeper
         sleeper: Sleeper | None = None
+        index = -1  # we have not arrived
         try:
             while True:
                 if round.fate is not None:
@@ -370,43 +370,46 @@ class Barrier(NotCopied):
                     # Nobody ever waits for others here, so others might never run.
                     await checkpoint()
                 return index
-            try:
-                if sleeper is not None:
-                    if is_task:
-                        round.sleepers.append(sleeper)
-                    else:
-                        round.threads[sleeper] = None
-                    if round.fate is None:
-                        if timeout is None:
-                            await sleeper
-                        elif timeout > 0:
-                            await at_most(sleeper, timeout)
-                if round.fate is None and not round.break_(_TIMED_OUT, although_full=False):
-                    # Too late for that: all have arrived. What becomes of the round is not known.
-                    # A thread may sleep on the same bell again, if it has one.
-                    if is_task:
-                        sleeper = task_sleeper()
-                        round.sleepers.append(sleeper)
-                    elif sleeper is None:
-                        sleeper = self._new_sleeper()
-                        round.threads[sleeper] = None
-                    if round.fate is None:
-                        await sleeper
-            except BaseException:
+            if sleeper is not None:
                 if is_task:
-                    # Not `abandon`: of a thousand that are cancelled at once each would wake all.
-                    # It is for handlers of signals that raise in the middle of waking others; trio
-                    # lets none do so, and asyncio's own only cancels.
-                    round.break_(_CANCELLED, although_full=False)
+                    round.sleepers.append(sleeper)
                 else:
-                    round.abandon()
-                raise
+                    round.threads[sleeper] = None
+                if round.fate is None:
+                    if timeout is None:
+                        await sleeper
+                    elif timeout > 0:
+                        await at_most(sleeper, timeout)
+            if round.fate is None and not round.break_(_TIMED_OUT, although_full=False):
+                # Too late for that: all have arrived. What becomes of the round is not known. A
+                # thread may sleep on the same bell again, if it has one.
+                if is_task:
+                    sleeper = task_sleeper()
+                    round.sleepers.append(sleeper)
+                elif sleeper is None:
+                    sleeper = self._new_sleeper()
+                    round.threads[sleeper] = None
+                if round.fate is None:
+                    await sleeper
             if round.fate is not _TRIPPED:
                 raise round.error()
-            return index
-        finally:
             if not is_task and sleeper is not None:
                 round.leave(sleeper)
+            return index
+        except BaseException as error:
+            if is_task:
+                # Not `abandon`: of a thousand that are cancelled at once each would wake all. It is
+                # for handlers of signals that raise in the middle of waking others; trio lets none
+                # do so, and asyncio's own only cancels.
+                if index >= 0:
+                    round.break_(_CANCELLED, although_full=False)
+            else:
+                if index >= 0 and not isinstance(error, BrokenBarrierError):
+                    round.abandon()
+                if sleeper is not None:
+                    round.leave(sleeper)  # again, perhaps
+            raise
+        finally:
             # Or else an exception that somebody keeps would keep this round, by its traceback, and
             # so all that come after it.
             del round
