@@ -488,6 +488,7 @@ class Alarm:
         self._soak = soak
         self.worker = Worker(soak.seed, "signal handler")
         self._on = False
+        self._ringing = False
         self._let_go: list[Callable[[], None]] = []
 
     def start(self) -> None:
@@ -504,17 +505,20 @@ class Alarm:
             self._let_go.pop()()
 
     def _wind(self) -> None:
-        # Once, not again and again: so it never comes in the middle of itself.
-        signal.setitimer(signal.ITIMER_REAL, self.worker.rng.uniform(0.0001, 0.003))
+        # Once, so that it does not come in the middle of itself. But if a signal comes just before
+        # the main thread falls asleep, Python hears it when the next one comes.
+        signal.setitimer(signal.ITIMER_REAL, self.worker.rng.uniform(0.0001, 0.003), 0.5)
 
     def _ring(self, *_: object) -> None:
-        if not self._on:
+        if not self._on or self._ringing:
             return
+        self._ringing = True
         self.worker.counts["signals"] += 1
         try:
             self._act()
         except BaseException:
             self._soak.fail(format_exc())
+        self._ringing = False
         self._wind()
 
     def _act(self) -> None:

@@ -250,6 +250,26 @@ class TestTheKeeper:
         while not pool._keeper.finished:
             await anyio.sleep(0)
 
+    async def test_in_a_child_process_what_was_about_to_be_called_is_not(self) -> None:
+        for ticks in range(8):
+            resets: list[Connection] = []
+            pool = ConnectionPool(Connection, reset=resets.append)
+            async with pool:
+                connection = await pool.acquire()
+                pool.release(connection)
+                for _ in range(ticks):
+                    await anyio.lowlevel.checkpoint()
+                _face._after_fork()  # as if this were the child
+                before = resets.copy()
+            for _ in range(20):
+                await anyio.lowlevel.checkpoint()
+            assert resets == before
+            assert connection.closings == 0
+            # The task of the parent, which is ours.
+            pool._keeper.post(pool._keeper.stop)
+            while not pool._keeper.finished:
+                await anyio.sleep(0)
+
     async def test_a_function_of_the_pool_may_close_it(self) -> None:
         ended = anyio.Event()
 
