@@ -753,7 +753,7 @@ class Idle:
         self.record = self.make("connection")
         self.got: list[object] = []
 
-    def keeper(self, _: object = None) -> None:
+    def keeper(self, *_: object) -> None:
         self.calls.append((self.queue.idle(), self.queue.shut is not None))
 
     @staticmethod

@@ -56,11 +56,9 @@ def record(good_until: float = ALWAYS, expires: float = ALWAYS) -> Record[Connec
 class Emptied(deque[Any]):
     """Another thread takes the last one between the look and the removal."""
 
-    def pop(self) -> Any:  # type: ignore[override]
+    def remove(self, value: Any) -> None:
         super().clear()
-        return super().pop()
-
-    popleft = pop
+        super().remove(value)
 
 
 class Changed(deque[Any]):
@@ -92,7 +90,7 @@ class TestTheQueue:
         old.retire("drain")
         queue.put(old)
         assert queue.idle() == 0
-        assert calls == [(old,)]
+        assert calls == [(old, "reset")]
 
     def test_the_keeper_takes_the_last_dormant_one(self) -> None:
         queue = idle_queue()
@@ -253,22 +251,52 @@ class TestTheKeeper:
     async def test_in_a_child_process_what_was_about_to_be_called_is_not(self) -> None:
         for ticks in range(8):
             resets: list[Connection] = []
-            pool = ConnectionPool(Connection, reset=resets.append)
+            told: list[PoolEvent] = []
+            pool = ConnectionPool(Connection, reset=resets.append, on_event=told.append)
             async with pool:
                 connection = await pool.acquire()
                 pool.release(connection)
                 for _ in range(ticks):
                     await anyio.lowlevel.checkpoint()
                 _face._after_fork()  # as if this were the child
-                before = resets.copy()
+                before = resets.copy(), told.copy()
             for _ in range(20):
                 await anyio.lowlevel.checkpoint()
-            assert resets == before
+            assert (resets, told) == before
             assert connection.closings == 0
             # The task of the parent, which is ours.
             pool._keeper.post(pool._keeper.stop)
             while not pool._keeper.finished:
                 await anyio.sleep(0)
+
+    async def test_in_a_child_process_what_the_parent_makes_is_nobody_s(self) -> None:
+        begun, gate = anyio.Event(), anyio.Event()
+        made: list[Connection] = []
+        told: list[str] = []
+
+        async def connect() -> Connection:
+            begun.set()
+            await gate.wait()
+            made.append(Connection())
+            return made[0]
+
+        pool = ConnectionPool(connect, max_size=1, on_event=lambda event: told.append(event.kind))
+        async with pool, anyio.create_task_group() as tasks:
+            tasks.start_soon(pool.acquire)
+            await begun.wait()
+            assert pool._idle.waiters
+            _face._after_fork()  # as if this were the child
+            gate.set()
+            while pool._keeper.opening:
+                await anyio.sleep(0)
+            await anyio.sleep(0)
+            assert not pool._lent
+            tasks.cancel_scope.cancel()
+        assert [connection.closings for connection in made] == [0]
+        assert told == []
+        pool._keeper.post(pool._keeper.stop)
+        while not pool._keeper.finished:
+            await anyio.sleep(0)
 
     async def test_a_function_of_the_pool_may_close_it(self) -> None:
         ended = anyio.Event()
@@ -503,3 +531,30 @@ def test_who_comes_while_another_lays_a_stale_connection_aside_is_seen_to() -> N
     assert queue.pick(1, True) is None  # and does not come to wait
     assert list(queue.dormant) == [stale]
     assert calls == [()]
+
+
+@pytest.mark.parametrize("moment", ["granted", "in its checkpoint", "out of time"])
+def test_in_a_child_process_nobody_is_handed_what_the_parent_lends(moment: str) -> None:
+    async def main() -> None:
+        pool = ConnectionPool(Connection, max_size=1, min_size=1)
+        async with pool:
+            await pool.wait()
+            if moment != "in its checkpoint":
+                connection = await pool.acquire()
+            task = asyncio.ensure_future(pool.acquire())
+            await asyncio.sleep(0)
+            if moment == "granted":
+                pool.release(connection)
+            if moment == "out of time":
+                for waiter in pool._idle.waiters:
+                    waiter.set_result(None)  # as if the keeper had found that it is so
+            _face._after_fork()  # as if this were the child
+            with pytest.raises(PoolClosed, match="before a fork"):
+                await task
+            assert not pool._lent
+        # The task of the parent, which is ours.
+        pool._keeper.post(pool._keeper.stop)
+        while not pool._keeper.finished:
+            await asyncio.sleep(0)
+
+    asyncio.run(main())

@@ -8,6 +8,8 @@ be compared exactly, and a test that waits in vain fails at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -1072,5 +1074,24 @@ def test_nor_does_it_let_anybody_wait_in_vain(kind: str) -> None:
             with pytest.raises(PoolTimeout):
                 await pool.acquire()
             assert now() - began < 1
+
+    run_virtually("asyncio", main)
+
+
+def test_nor_does_the_pool_fail_to_close() -> None:
+    def on_event(event: PoolEvent) -> None:
+        if event.kind == "leaked":
+            raise Outcome
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        pool = ConnectionPool(Line, max_size=1, on_event=on_event, timeout=1000)
+        with contextlib.suppress(Outcome):
+            async with pool:
+                await pool.acquire()
+                gc.collect()
+                await anyio.sleep(1)
+        assert pool.get_stats()["closed_collected"] == 1
+        assert pool._keeper.finished
 
     run_virtually("asyncio", main)

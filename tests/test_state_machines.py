@@ -804,14 +804,20 @@ class PoolModel(Model[Borrower]):
         while self.idle and not self.line:
             link = self.idle.pop()
             if self.good_until(link) > self.now:
-                if self.stale and not self.options.lifo:
-                    self.returned.append((self.stale.pop(0), "check"))
+                if patient and self.stale and not self.options.lifo:
+                    self.returned.append((self.pop_stale(), "check"))
                 return link
             self.stale.append(link)
         if patient or self.line:
             return None
-        stale = self.stale[:: -1 if self.options.lifo else 1]
+        stale = sorted(self.stale, key=lambda link: link.idle_since, reverse=self.options.lifo)
         return next((link for link in stale if self.spoils_at(link) > self.now), None)
+
+    def pop_stale(self) -> Link:
+        choose = max if self.options.lifo else min
+        link = choose(self.stale, key=lambda link: link.idle_since)
+        self.stale.remove(link)
+        return link
 
     def lend(self, link: Link) -> int:
         if link in self.stale:
@@ -938,8 +944,8 @@ class PoolModel(Model[Borrower]):
         self.leaving = [leaving for leaving in self.leaving if leaving[0] > self.now]
         while self.returned:
             link, step = self.returned.pop(0)
-            if link.expires <= self.now and step == "reset":
-                self.close(link, link.retired)
+            if (link.expires if step == "reset" else self.spoils_at(link)) <= self.now:
+                self.close_spoiled(link)
             else:
                 self.serve(link, step)
         for number, (until, _, _) in reversed(list(enumerate(self.serving))):
@@ -955,15 +961,16 @@ class PoolModel(Model[Borrower]):
             return
         for link in [*self.stale, *self.idle]:
             if self.spoils_at(link) <= self.now:
-                self.close(link, link.retired if link.expires <= self.now else "idle")
+                self.close_spoiled(link)
         self.shrink()
         while self.stale and len(self.line) > len(self.soon()):
-            self.serve(self.stale.pop(-1 if self.options.lifo else 0), "check")
+            self.serve(self.pop_stale(), "check")
         self.grow()
 
     def snapshot(self) -> list[Link]:
         piles = self.stale, self.idle
-        return [link for pile in piles for link in (pile if self.options.lifo else pile[::-1])]
+        links = [link for pile in piles for link in (pile if self.options.lifo else pile[::-1])]
+        return sorted(links, key=lambda link: link.idle_since)
 
     def shrink(self) -> None:
         idle = self.snapshot()
@@ -1024,11 +1031,11 @@ class PoolModel(Model[Borrower]):
         return bool(self.stale or self.serving) or self.size >= self.max_size
 
     def give(self, link: Link, step: str) -> None:
-        if link.expires <= self.now:
-            self.close(link, link.retired)
-            return
         if step != "check":
             link.idle_since = self.now
+        if self.spoils_at(link) <= self.now:
+            self.close_spoiled(link)
+            return
         if step != "reset" or self.options.check_idle != 0:
             self.put(link, True, first=step == "check")
         else:
@@ -1048,6 +1055,9 @@ class PoolModel(Model[Borrower]):
             self.give(link, step)
         else:
             self.close(link, step)
+
+    def close_spoiled(self, link: Link) -> None:
+        self.close(link, link.retired if link.expires <= self.now else "idle")
 
     def close(self, link: Link, reason: str) -> None:
         for pile in self.idle, self.stale:

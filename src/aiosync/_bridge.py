@@ -192,7 +192,7 @@ class ThreadConnectionPool(NotCopied, Generic[T]):
         An exception from a signal handler (Ctrl-C) interrupts it, and leaves it with nothing.
 
         :param timeout: as that of `ConnectionPool.acquire`; so are the exceptions
-        :raises PoolClosed: also if the event loop of the pool has ended without closing it
+        :raises PoolClosed: also if no connection is idle, and the event loop of the pool has ended
         :raises RuntimeError: if it would have to wait, and an event loop is running on this thread
         """
         return run_in_thread(self._shared._take(timeout, False))

@@ -405,7 +405,9 @@ class ConnectionPool(NotCopied, Generic[T]):
                 found.waited += now - began
                 return self._lend(found, now)
             self._count_wait("requests_errors", began)
-            raise self._keeper.ledger.too_late(timeout) if found is None else found.error()
+            if found is None and self._state is not _FORKED:
+                raise self._keeper.ledger.too_late(timeout)
+            raise self._not_open() if found is None else found.error()
         if is_task and not self._fast_acquire:
             try:
                 await checkpoint()
@@ -461,7 +463,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         if record.good_until > now:
             self._idle.put(record, first=True)
         elif record.expires <= now:
-            self._idle.call_keeper(record)
+            self._idle.hand_over(record, "reset")
         else:
             self._idle.dormant.append(record)
             self._idle.call_keeper()
@@ -469,6 +471,9 @@ class ConnectionPool(NotCopied, Generic[T]):
     @critical
     def _lend(self, record: Record[T], now: float) -> T:
         connection: Any = record.connection
+        if self._state is _FORKED:  # it was granted by the parent
+            self._idle.hand_over(record, "reset")
+            raise self._not_open()
         record.taken = now
         record.uses += 1
         if self._watch:
@@ -503,7 +508,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         good_until = now + self._fresh
         record.good_until = good_until if good_until < record.expires else record.expires
         if self._service or record.expires <= now:
-            self._keeper.post(partial(self._keeper.returned, record))
+            self._keeper.hand_over(record, "reset")
         elif self._lifo:
             # The same as `IdleQueue.put`, without the call.
             self._items.append(record)

@@ -8,7 +8,8 @@ and may be called from any thread.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union
 
 from .._handoff import HandoffQueue
 from .._park import critical
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_idle_since = attrgetter("idle_since")
+
 
 class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
     """Idle connections that may be handed out as they are, and those that may not.
@@ -30,25 +33,23 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
     nobody takes the common path, and whoever puts a connection in calls `match`.
     """
 
-    __slots__ = ("call_keeper", "check_soon", "dormant", "lifo", "max_idle", "room", "shut")
+    __slots__ = ("call_keeper", "dormant", "hand_over", "lifo", "max_idle", "room", "shut")
 
     def __init__(
         self,
         lifo: bool,
         max_idle: float,
         shut: Failure,
-        call_keeper: Callable[..., object],
-        check_soon: Callable[[Record[T]], object],
+        call_keeper: Callable[[], object],
+        hand_over: Callable[[Record[T], Literal["check", "reset"]], object],
     ) -> None:
         super().__init__()
         self.lifo = lifo
         self.max_idle = max_idle
-        # Has the keeper see to who waits; with a connection as its argument, to that as well.
+        # Has the keeper see to who waits; and to a connection that nobody else has.
         self.call_keeper = call_keeper
-        # Has the keeper check one.
-        self.check_soon = check_soon
-        # Idle as well, but to be checked, or replaced, by the keeper before anybody gets them. Who
-        # was laid aside last is on the right.
+        self.hand_over = hand_over
+        # Idle as well, but to be checked, or replaced, by the keeper before anybody gets them.
         self.dormant: deque[Record[T]] = deque()
         # Whether there may be one connection more. Written by the keeper before it looks at the
         # waiters; read by a waiter after it can be seen.
@@ -79,7 +80,7 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
             # Handed over, and not taken. A failure is of no use to others; a connection that was
             # retired meanwhile is the keeper's.
             if isinstance(item, Record):
-                self.call_keeper(item)
+                self.hand_over(item, "reset")
             return
         if self.lifo or first:
             self.items.append(item)
@@ -134,11 +135,11 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
             if isinstance(item, Failure):
                 continue
             if item.good_until > now:
-                if self.dormant and not self.lifo:
-                    # Or else others would be passed over for as long as one is good. Who waits for
-                    # none of them gets this one, and the next gets the one that is checked.
+                if patient and self.dormant and not self.lifo:
+                    # Or else others would be passed over for as long as one is good. The next gets
+                    # the one that is checked meanwhile.
                     try:
-                        self.check_soon(self.pop_dormant())
+                        self.hand_over(self.pop_dormant(), "check")
                     except IndexError:
                         pass  # the keeper took it
                 return item
@@ -166,7 +167,17 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
 
         :raises IndexError: if there is none
         """
-        return self.dormant.pop() if self.lifo else self.dormant.popleft()
+        choose = max if self.lifo else min
+        while True:
+            try:
+                record = choose(self.dormant.copy(), key=_idle_since, default=None)
+                if record is not None:
+                    self.dormant.remove(record)
+            except (ValueError, IndexError, RuntimeError):
+                continue  # somebody else took it, or has changed it meanwhile
+            if record is None:
+                raise IndexError
+            return record
 
     @critical
     def lay_aside(self, record: Record[T]) -> None:
@@ -195,7 +206,7 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
                 except RuntimeError:
                     pass  # somebody has changed it meanwhile
             found += records if self.lifo else records[::-1]
-        return found
+        return sorted(found, key=_idle_since)
 
     def take_out(self, unwanted: Callable[[Record[T]], bool]) -> list[Record[T]]:
         """Remove and return the idle connections that are `unwanted`."""

@@ -66,8 +66,8 @@ _LIFETIME_JITTER = 0.05
 _SOON = 0.1
 
 
-# What a child process must not use, nor even let Python collect: a driver's finalizer might say
-# good-bye to the server on a socket that the parent still uses.
+# What a child process must not use, nor even let Python collect as long as it runs: a driver's
+# finalizer might say good-bye to the server on a socket that the parent still uses.
 _inherited: list[object] = []
 
 
@@ -86,7 +86,7 @@ class Keeper(Generic[T]):
         self.clock: Callable[[], float]
         self.mailbox: HandoffQueue[Callable[[], object]] = HandoffQueue()
         self.idle: IdleQueue[T] = IdleQueue(
-            settings.lifo, settings.max_idle, self.closed, self.call, self.check_soon
+            settings.lifo, settings.max_idle, self.closed, self.call, self.hand_over
         )
         # Those who are borrowed, by the id of the connection. To remove one is to claim the right
         # to say where it goes: back, lost or, when the pool is closed, by force.
@@ -102,6 +102,8 @@ class Keeper(Generic[T]):
         # Those whose `reset` or `check` is running, and since when; and those whose `close` is.
         self.serving: dict[int, float] = {}
         self.leaving: set[int] = set()
+        # Those on their way to us; see `hand_over`.
+        self.coming: list[Record[T]] = []
         # Somebody did not wait, but would have liked a connection.
         self.wish = False
         # Increased by `drain`: connections that were begun before are not wanted.
@@ -143,14 +145,15 @@ class Keeper(Generic[T]):
             self.mailbox.match()
 
     @critical
-    def call(self, record: Record[T] | None = None) -> None:
-        """See to who waits, and to an idle connection that was retired."""
-        self.post(_nothing if record is None else partial(self.returned, record))
+    def call(self) -> None:
+        """See to who waits."""
+        self.post(_nothing)
 
     @critical
-    def check_soon(self, record: Record[T]) -> None:
-        """Check an idle connection that somebody has taken out."""
-        self.post(partial(self.serve, record, "check"))
+    def hand_over(self, record: Record[T], step: Literal["check", "reset"]) -> None:
+        """See to a connection that nobody has, and that can't simply go to the next."""
+        self.coming.append(record)
+        self.post(partial(self._take_over, record, step))
 
     @critical
     def collected(self, record: Record[T], _: object) -> None:
@@ -178,11 +181,12 @@ class Keeper(Generic[T]):
             record.ref = None
             record.retire("shutdown")
         idle.call_keeper = bool
+        idle.hand_over = lambda *args: _inherited.append(args)
         idle.shut = self.closed
         idle.line.append(None)
         self.is_orphan = True
         self.min_size = self.max_size = 0
-        for pile in idle.items, idle.dormant, mailbox.items, self.lent, self.records:
+        for pile in idle.items, idle.dormant, mailbox.items, self.coming, self.lent, self.records:
             pile.clear()
 
     # -- The main task.
@@ -250,7 +254,7 @@ class Keeper(Generic[T]):
     def _look_at_all(self, now: float) -> None:
         idle = self.idle
         for record in idle.take_out(lambda record: idle.spoils_at(record) <= now):
-            self.discard(record, record.retired if record.expires <= now else "idle")
+            self._discard_spoiled(record, now)
         self._report_leaks()
         self._shrink()
         self._due = self._next_due(now)
@@ -393,6 +397,9 @@ class Keeper(Generic[T]):
                     if self.stopping:
                         return
                     connection = await self._call(self.settings.connect)
+                    if self.is_orphan:  # it was begun by the parent
+                        _inherited.append(connection)
+                        raise self.closed.error()
                     record = self._adopt(connection)
                     self.configuring += 1
                     if self.settings.configure is not None:
@@ -453,6 +460,8 @@ class Keeper(Generic[T]):
 
     def _failed(self, error: BaseException, failures: int) -> None:
         """Take note of a failed attempt, and of how many had failed when it began."""
+        if self.is_orphan:
+            return
         self.ledger.count("connections_errors")
         self.last_error = error
         now = self.clock()
@@ -478,30 +487,41 @@ class Keeper(Generic[T]):
 
     def has_hope(self) -> bool:
         """Tell whether those who wait may get a connection that need not, or may not, be made."""
-        return bool(self.idle.dormant or self.serving) or self.size >= self.max_size
+        on_hand = self.idle.dormant or self.serving or self.coming
+        return bool(on_hand) or self.size >= self.max_size
 
     # -- Serving, closing.
 
     def give(self, record: Record[T], step: Literal["open", "check", "reset"]) -> None:
         """Let somebody have it, after that step; unless nobody may."""
         now = self.clock()
-        if record.expires <= now:
-            self.discard(record, record.retired)
-            return
         if step != "check":  # that uses nothing
             record.idle_since = now
+        spoils = self.idle.spoils_at(record)
+        if spoils <= now:
+            self._discard_spoiled(record, now)
+            return
+        # Who looked at it while it was in our hands may have thought that it would be used.
+        self._due = min(self._due, spoils)
         if step != "reset" or self.settings.check_idle > 0:
-            record.good_until = min(record.expires, now + self.settings.fresh)
+            record.good_until = min(spoils, now + self.settings.fresh)
             self.idle.put(record, first=step == "check")
         else:
             self.idle.dormant.append(record)
 
-    def returned(self, record: Record[T]) -> None:
-        """Take back what can't simply go to the next."""
-        if record.expires <= self.clock():
-            self.discard(record, record.retired)
+    def _discard_spoiled(self, record: Record[T], now: float) -> None:
+        self.discard(record, record.retired if record.expires <= now else "idle")
+
+    def _take_over(self, record: Record[T], step: Literal["check", "reset"]) -> None:
+        """Do what `hand_over` was called for."""
+        self.coming.remove(record)
+        now = self.clock()
+        if (record.expires if step == "reset" else self.idle.spoils_at(record)) <= now:
+            self._discard_spoiled(record, now)
+        elif self.idle.shut is not None:
+            self.discard(record, "shutdown")
         else:
-            self.serve(record, "reset")
+            self.serve(record, step)
 
     def serve(self, record: Record[T], step: Literal["check", "reset"]) -> None:
         """Reset or check a connection; then let somebody have it."""
@@ -600,8 +620,10 @@ class Keeper(Generic[T]):
         if self.records.get(record.key) is record:
             record.usage += self.clock() - record.taken
             self.ledger.count("leaks")
-            self.ledger.emit("leaked", record, "it was garbage collected\n" + record.trace())
-            self._forget(record, "collected", None)
+            try:
+                self.ledger.emit("leaked", record, "it was garbage collected\n" + record.trace())
+            finally:
+                self._forget(record, "collected", None)
 
     def _report_leaks(self) -> None:
         now = self.clock()

@@ -118,6 +118,8 @@ class Ledger(Generic[T]):
 
     def tell(self, hook: Callable[..., Any], *args: object) -> None:
         """Call what only wants to know; in a task of its own if it is async."""
+        if self._keeper.is_orphan:
+            return
         try:
             result = hook(*args)
         except (Exception, get_cancelled_exc_class()):  # the result of a cancelled Future
