@@ -728,7 +728,7 @@ def mistake(
     ]
 
 
-LEAVE_A_ROUND = "    round.break_(_CANCELLED, although_full=False)\n                else:"
+LEAVE_A_ROUND = "    round.break_(_CANCELLED, although_full=False)\n            else:"
 
 # What a scope does to a task that has been granted something waits for its next await. So only the
 # native cancellation can come after a grant.
@@ -879,7 +879,7 @@ MISTAKES: list[Any] = [
     *mistake(
         "a retired connection is dropped",
         IdleQueue.put,
-        "self.call_keeper(item)",
+        'self.hand_over(item, "reset")',
         "pass",
         drain_against_borrowers,
         "asyncio",
