@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from aiosync import Barrier, BrokenBarrierError, Semaphore, _barrier, as_threading
+from aiosync import Barrier, BrokenBarrierError, Semaphore, _barrier, _park, as_threading
 
 
 class Interrupt(BaseException):
@@ -104,6 +105,47 @@ class TestTheLastPartyOfABarrier:
             as_threading(barrier).wait()
         join(threads)
         assert outcomes == ["broken", "broken"]
+
+
+def test_a_task_that_comes_last_and_is_interrupted_tells_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def come_last() -> None:
+        with pytest.raises(Interrupt):
+            await barrier.wait()
+
+    barrier = Barrier(3)
+    threads, outcomes = wait_in_threads(barrier, 2)
+    interrupt_once(monkeypatch, _barrier._Round, "wake")
+    asyncio.run(come_last())
+    join(threads)
+    assert sorted(outcomes, key=str) == [0, 1]
+
+
+def test_a_thread_that_comes_first_and_is_interrupted_breaks_the_barrier(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    barrier = Barrier(3)
+    interrupt_once(monkeypatch, _park.ThreadSleeper, "__await__")
+    with pytest.raises(Interrupt):
+        as_threading(barrier).wait()
+    assert barrier.broken
+
+
+def test_a_thread_that_can_not_arrive_breaks_nothing() -> None:
+    async def block() -> None:
+        with pytest.raises(RuntimeError, match="would block the event loop"):
+            as_threading(barrier).wait()
+
+    barrier = Barrier(3)
+    threads, outcomes = wait_in_threads(barrier, 1)
+    asyncio.run(block())
+    assert (barrier.n_waiting, barrier.broken) == (1, False)
+    barrier.abort()
+    with pytest.raises(BrokenBarrierError):
+        as_threading(barrier).wait()
+    join(threads)
+    assert outcomes == ["broken"]
 
 
 def test_a_thread_that_is_interrupted_as_it_breaks_the_barrier_tells_the_others(
