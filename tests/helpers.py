@@ -7,6 +7,8 @@ one subject only, such as the stub connections of a pool.
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -36,6 +38,17 @@ async def until_async(condition: Callable[[], object]) -> None:
     with anyio.fail_after(PATIENCE):
         while not condition():
             await anyio.sleep(0.0005)
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python in a process of its own, to its end."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE * 2,
+        check=False,
+    )
 
 
 class InThread:

@@ -16,7 +16,6 @@ import math
 import pickle
 import random
 import re
-import subprocess
 import sys
 import textwrap
 import weakref
@@ -34,12 +33,10 @@ import trio
 import trio.abc
 import trio.testing
 from anyio import CancelScope, WouldBlock, create_task_group
+from helpers import PATIENCE, run_python
 from virtual_time import run_virtually, skip_time, spun, virtual
 
 from aiosync import ConnectionPool, PoolClosed, PoolEvent, PoolTimeout, TooManyRequests
-
-# How long something may take that happens at once unless it never happens.
-PATIENCE = 20.0
 
 PSYCOPG_KEYS = {
     "pool_min", "pool_max", "pool_size", "pool_available", "requests_waiting", "requests_num",
@@ -2499,6 +2496,20 @@ class TestTime(Virtual):
             for connection in (order[0], order[1], taken[1 if lifo else 3]):
                 pool.release(connection)
 
+    async def test_who_does_not_wait_has_none_checked_that_is_idle(self, backend: Backend) -> None:
+        pool = backend.pool(max_size=4, lifo=False, check=lambda _: anyio.sleep(1))
+        async with pool:
+            taken = await some(pool, 4)
+            give_back(pool, taken[:2])
+            await anyio.sleep(1)
+            give_back(pool, taken[2:])
+            again: list[Connection] = []
+            for _ in range(4):
+                again.append(pool.acquire_nowait())
+                await settle()
+            assert set(again) == set(taken)
+            give_back(pool, again)
+
     async def test_to_check_all_does_not_change_who_is_next(self, backend: Backend) -> None:
         for lifo in (False, True):
             async with backend.pool(max_size=3, lifo=lifo, check=nothing) as pool:
@@ -3165,13 +3176,7 @@ asyncio.run(main())
 
 
 def test_to_close_a_pool_whose_loop_was_closed_without_a_word_does_not_hang() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", ABANDONED],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE * 2,
-        check=False,
-    )
+    done = run_python("-c", ABANDONED)
     lines = done.stdout.splitlines()
     assert "was opened on another event loop" in lines[0]
     assert lines[1:] == ["closed"]
@@ -3369,26 +3374,14 @@ print("the end")
 def test_a_child_process_that_runs_the_inherited_loop_leaves_them_alone_too(
     loop_name: str,
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORK_AND_GO_ON, loop_name],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE * 2,
-        check=False,
-    )
+    done = run_python("-c", FORK_AND_GO_ON, loop_name)
     assert done.stdout == "the end\n", done.stderr
     assert done.returncode == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork on Windows")
 def test_a_child_process_leaves_the_connections_to_its_parent(loop_name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(FORK), loop_name],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE * 2,
-        check=False,
-    )
+    done = run_python("-W", "error", "-c", textwrap.dedent(FORK), loop_name)
     assert done.stdout == "the end\n", done.stderr
     assert done.returncode == 0
     assert done.stderr == ""

@@ -8,7 +8,6 @@ middle of a call; here it is put in its place by hand.
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 import threading
 from collections import OrderedDict, deque
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 import trio
 from anyio import WouldBlock, create_task_group, wait_all_tasks_blocked
-from helpers import PATIENCE, InThread, Places, until
+from helpers import PATIENCE, InThread, Places, run_python, until
 
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore, as_threading
 from aiosync._barrier import _Round, _Rounds
@@ -525,9 +524,7 @@ except KeyboardInterrupt:
 def test_no_keyboard_interrupt_of_trio_hits_a_program_in_which_no_task_has_waited_yet(
     program: str,
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE * 2
-    )
+    done = run_python("-c", program)
     assert done.stderr == ""
     assert done.stdout == "[True]\ninterrupted later\n"
 
