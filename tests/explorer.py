@@ -258,9 +258,9 @@ _MAKERS = frozenset(["__init__", "_share", "_for_threads"])
 _QUIET = frozenset(
     [
         _park._running_trio.__code__,
-        _park.here.__code__,
+        _park.current_token.__code__,
         _park.run_in_thread.__code__,
-        _park.thread_sleeper.__code__,
+        _park.thread_waiter.__code__,
         # Atomic, as it promises, if it is in use at all.
         *(getattr(_handoff._Locked, name).__code__ for name in ("__setitem__", "pop", "popitem")),
     ]

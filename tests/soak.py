@@ -300,7 +300,7 @@ class Meeting:
             if "passed" in {what for what, *_ in outcomes.values()}
         ]
         current = self.barrier._rounds.current()
-        if self.barrier.broken or self.barrier.n_waiting or current.sleepers or current.threads:
+        if self.barrier.broken or self.barrier.n_waiting or current.waiters or current.threads:
             found.append(f"{self.barrier!r} has stale parties")
         if not found:
             self.counts["broken rounds"] += len(self._outcomes)

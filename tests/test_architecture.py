@@ -21,9 +21,9 @@ ROOMS: dict[str, set[str]] = {
     "_barrier": {"_errors", "_park", "_handoff"},
     "_pool": {"_errors", "_park", "_handoff"},
     "recipes": {"_pool"},
-    "_bridge": {"_errors", "_park", "_semaphore", "_barrier", "_pool"},
-    "_legacy": {"_errors", "_park", "_handoff"},
-    "__init__": {"_errors", "_semaphore", "_barrier", "_pool", "_bridge", "_legacy"},
+    "_as_threading": {"_errors", "_park", "_semaphore", "_barrier", "_pool"},
+    "_from_threading": {"_errors", "_park", "_handoff"},
+    "__init__": {"_errors", "_semaphore", "_barrier", "_pool", "_as_threading", "_from_threading"},
     "__main__": {"__init__"},
 }
 LOOPS_AND_THREADS = {"asyncio", "trio", "_thread"}

@@ -22,7 +22,7 @@ import pytest
 from helpers import PATIENCE, Aim, InThread, until, until_async, wait_for_moment
 
 import aiosync
-from aiosync import _legacy, from_threading
+from aiosync import _from_threading, from_threading
 
 pytestmark = pytest.mark.anyio
 
@@ -880,7 +880,7 @@ class TestEvent:
     async def test_a_helper_that_nobody_waits_for_ends_though_the_event_is_never_set(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_legacy, "_WHILE", 0.01)  # how often it looks around
+        monkeypatch.setattr(_from_threading, "_WHILE", 0.01)  # how often it looks around
         owned = threading.Event()
         view = from_threading(owned)
         assert await view.wait(0.05) is False

@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from aiosync import Semaphore, _handoff, _park
 from aiosync._handoff import HandoffQueue, new_claim
-from aiosync._park import ThreadSleeper, run_in_thread
+from aiosync._park import ThreadWaiter, run_in_thread
 
 
 def nothing() -> None:
@@ -61,7 +61,7 @@ class Step:
     def set_result(self, result: None) -> None:
         raise AssertionError("this sleeper is never on the loop of who wakes it")
 
-    def call_from_afar(self) -> None:
+    def wake_threadsafe(self) -> None:
         self.before_bell()
         if self.loop_is_closed:
             raise RuntimeError("Event loop is closed")
@@ -95,14 +95,14 @@ class TestMatching:
     def test_the_item_put_last_is_taken_first(self) -> None:
         queue = HandoffQueue(["a", "b"])
         queue.put("c")
-        assert [queue.take_or(None) for _ in range(4)] == ["c", "b", "a", None]
+        assert [queue.get_nowait(None) for _ in range(4)] == ["c", "b", "a", None]
 
     def test_a_newcomer_does_not_take_what_a_waiter_is_about_to_get(self) -> None:
         queue: HandoffQueue[str] = HandoffQueue()
         Step().join(queue)
         queue.items.append("item")  # another thread is in the middle of `put`
-        assert queue.take_or(None) is None
-        queue.match()
+        assert queue.get_nowait(None) is None
+        queue.dispatch()
         assert queue.free() == 0
 
     def test_who_leaves_gets_nothing(self) -> None:
@@ -200,7 +200,7 @@ class TestRaces:
                 return super().pop()
 
         queue.items = Fleeting(["item"])
-        queue.match()
+        queue.dispatch()
         assert Fleeting.stolen
         assert waiter.claim[0] == "item"
 
@@ -215,28 +215,28 @@ class TestRaces:
                 return super().popitem(last)
 
         queue.waiters = Fleeting({Step(): new_claim()})
-        queue.match()
+        queue.dispatch()
         assert list(queue.items) == ["item"]
 
 
 class TestReserves:
     def test_equal_items_beyond_the_stock_are_a_number(self) -> None:
         queue: HandoffQueue[bool] = HandoffQueue()
-        queue.put_equal(True, sys.maxsize)
+        queue.put_many(True, sys.maxsize)
         assert queue.free() == sys.maxsize
         assert len(queue.items) < 1000
         for _ in range(5000):
-            assert queue.take_or(False) is True
+            assert queue.get_nowait(False) is True
         assert queue.free() == sys.maxsize - 5000
         assert len(queue.items) < 1000
 
     def test_each_of_them_is_taken_once(self) -> None:
         queue: HandoffQueue[bool] = HandoffQueue()
-        queue.put_equal(True, 3000)
-        queue.put_equal(True, 7)
-        queue.put_equal(True, 300)
+        queue.put_many(True, 3000)
+        queue.put_many(True, 7)
+        queue.put_many(True, 300)
         taken = 0
-        while queue.take_or(False):
+        while queue.get_nowait(False):
             taken += 1
         assert taken == 3307
         assert queue.free() == 0
@@ -244,7 +244,7 @@ class TestReserves:
 
     def test_a_waiter_gets_one_of_them(self) -> None:
         queue: HandoffQueue[Any] = HandoffQueue()
-        queue.put_equal(True, 1000)
+        queue.put_many(True, 1000)
         queue.items.clear()  # as if others had taken them
         waiter = Step()
         waiter.join(queue)
@@ -262,7 +262,7 @@ class TestReserves:
 
         queue: HandoffQueue[bool] = HandoffQueue()
         queue.reserves = Fleeting()
-        assert queue.take_or(False) is False
+        assert queue.get_nowait(False) is False
         assert Fleeting.looks == 2
 
 
@@ -284,28 +284,28 @@ class TestWithoutGIL:
         assert queue.waiters.pop(first, "default") == "default"
 
     def test_a_bell_that_is_rung_twice_is_rung(self) -> None:
-        sleeper = ThreadSleeper()
+        sleeper = ThreadWaiter()
         assert _park.wake(sleeper, None) is True
         assert _park.wake(sleeper, object()) is True
         run_in_thread(_sleep(sleeper))
 
 
-async def _sleep(sleeper: ThreadSleeper) -> None:
+async def _sleep(sleeper: ThreadWaiter) -> None:
     await sleeper
 
 
 class TestThreads:
     def test_a_thread_sleeps_until_the_bell_rings(self) -> None:
-        sleeper = ThreadSleeper()
+        sleeper = ThreadWaiter()
         assert sleeper.done() is False
         thread = threading.Thread(target=run_in_thread, args=[_sleep(sleeper)])
         thread.start()
-        assert _park.wake(sleeper, _park.here()) is True
+        assert _park.wake(sleeper, _park.current_token()) is True
         thread.join(10)
         assert not thread.is_alive()
 
     def test_a_thread_sleeps_for_a_time(self) -> None:
-        run_in_thread(_park.at_most(ThreadSleeper(), 0.01))
+        run_in_thread(_park.wait_with_timeout(ThreadWaiter(), 0.01))
 
     def test_what_takes_a_task_raises_where_it_stands(self) -> None:
         class Elsewhere:
@@ -359,7 +359,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def take(self) -> None:
         expected = self.free.pop() if self.free and not self.waiting else None
-        assert self.queue.take_or(None) == expected
+        assert self.queue.get_nowait(None) == expected
         if expected is not None:
             self.held.append(expected)
 
@@ -417,7 +417,7 @@ class TestWhoIsRunning:
     ) -> None:
         async def main() -> type:
             await _park.checkpoint()
-            return type(_park.task_sleeper())
+            return type(_park.task_waiter())
 
         monkeypatch.delitem(sys.modules, missing)
         assert issubclass(asyncio.run(main()), asyncio.Future)
@@ -426,7 +426,7 @@ class TestWhoIsRunning:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         async def main() -> type:
-            return type(_park.task_sleeper())
+            return type(_park.task_waiter())
 
         monkeypatch.setitem(sys.modules, "sniffio", types.ModuleType("sniffio"))
         assert issubclass(asyncio.run(main()), asyncio.Future)
@@ -442,16 +442,16 @@ class TestWhoIsRunning:
                 return super().pop(index)
 
         async def main() -> None:
-            _park.task_sleeper()
+            _park.task_waiter()
 
-        monkeypatch.setattr(_park, "_critical", Emptied([nothing]))
+        monkeypatch.setattr(_park, "_ki_protected", Emptied([nothing]))
         trio.run(main)
-        assert _park._critical == []
+        assert _park._ki_protected == []
 
     def test_a_trio_task_that_is_being_rescheduled_can_not_be_aborted(self) -> None:
         async def main() -> object:
-            sleeper = _park.task_sleeper()
-            assert isinstance(sleeper, _park.TrioSleeper)
+            sleeper = _park.task_waiter()
+            assert isinstance(sleeper, _park.TrioWaiter)
             return sleeper._abort(None)
 
         assert trio.run(main) is trio.lowlevel.Abort.FAILED
@@ -461,6 +461,6 @@ def test_what_is_critical_is_told_at_a_checkpoint_if_trio_was_not_there_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     semaphore = Semaphore()
-    monkeypatch.setattr(_park, "_critical", [nothing])
+    monkeypatch.setattr(_park, "_ki_protected", [nothing])
     trio.run(semaphore.acquire)
-    assert _park._critical == []
+    assert _park._ki_protected == []

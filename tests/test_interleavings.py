@@ -31,7 +31,7 @@ from aiosync import (
 )
 from aiosync._barrier import _Round, _Rounds
 from aiosync._handoff import HandoffQueue, new_claim
-from aiosync._park import run_in_thread, thread_sleeper
+from aiosync._park import run_in_thread, thread_waiter
 from aiosync._pool._idle import IdleQueue
 from aiosync._pool._records import ALWAYS, Failure, Record
 
@@ -331,8 +331,8 @@ class Parties:
 
     def settled(self, waiting: int = 0) -> None:
         *over, last = rounds_from(self.first)
-        assert not any(round.threads or round.sleepers for round in over), "a stale sleeper"
-        assert not last.sleepers
+        assert not any(round.threads or round.waiters for round in over), "a stale sleeper"
+        assert not last.waiters
         assert len(last.threads) == self.barrier.n_waiting == waiting
 
 
@@ -601,7 +601,7 @@ def put_against_take_or() -> Plan:
         queue.put("item")
 
     def take() -> None:
-        got.append(queue.take_or(None))
+        got.append(queue.get_nowait(None))
 
     def check(_: list[int]) -> None:
         assert (got, list(queue.items)) in ((["item"], []), ([None], ["item"]))
@@ -618,7 +618,7 @@ def put_against_join() -> Plan:
         queue.put("item")
 
     def wait() -> None:
-        got.append(run_in_thread(queue.wait(thread_sleeper(), None, None)))
+        got.append(run_in_thread(queue.wait(thread_waiter(), None, None)))
 
     def check(_: list[int]) -> None:
         assert got == ["item"]
@@ -638,7 +638,7 @@ def put_against_leave() -> Plan:
         queue.put("item")
 
     def join_and_leave() -> None:
-        sleeper = thread_sleeper()
+        sleeper = thread_waiter()
         queue.join(sleeper, claim)
         left.append(queue.leave(sleeper, claim))
 
@@ -659,10 +659,10 @@ def put_against_leave_with_another_in_line() -> Plan:
     got: list[str | None] = []
 
     def wait_in_time() -> None:
-        got.append(run_in_thread(queue.wait(thread_sleeper(), 5, None)))
+        got.append(run_in_thread(queue.wait(thread_waiter(), 5, None)))
 
     def wait() -> None:
-        got.append(run_in_thread(queue.wait(thread_sleeper(), 5, None)))
+        got.append(run_in_thread(queue.wait(thread_waiter(), 5, None)))
 
     def put() -> None:
         queue.put("item")
@@ -680,7 +680,7 @@ def two_puts_against_two_waiters() -> Plan:
     got: list[str | None] = []
 
     def wait() -> None:
-        got.append(run_in_thread(queue.wait(thread_sleeper(), None, None)))
+        got.append(run_in_thread(queue.wait(thread_waiter(), None, None)))
 
     def wait_too() -> None:
         wait()
@@ -702,10 +702,10 @@ def two_takers_of_a_reserve() -> Plan:
     got: list[bool] = []
 
     def take() -> None:
-        got.append(queue.take_or(False))
+        got.append(queue.get_nowait(False))
 
     def wait() -> None:
-        got.append(run_in_thread(queue.wait(thread_sleeper(), None, False)))
+        got.append(run_in_thread(queue.wait(thread_waiter(), None, False)))
 
     def check(_: list[int]) -> None:
         # The one who does not wait is refused if it sees the other waiting.
@@ -722,7 +722,7 @@ def expiry_against_grant() -> Plan:
     woken: list[float] = []
 
     def wait() -> None:
-        got.append(run_in_thread(queue.wait(thread_sleeper(), None, None, deadline=1.0)))
+        got.append(run_in_thread(queue.wait(thread_waiter(), None, None, deadline=1.0)))
 
     def expire() -> None:
         woken.append(queue.expire(2.0))
@@ -765,7 +765,7 @@ class Idle:
     def borrow(self) -> None:
         record: object = self.queue.pick(0.0, True)
         if record is None:
-            record = run_in_thread(self.queue.wait(thread_sleeper(), None, None))
+            record = run_in_thread(self.queue.wait(thread_waiter(), None, None))
         self.got.append(record)
 
     def settled(self, idle: int, *, shut: bool = False) -> None:
@@ -998,8 +998,8 @@ JOIN_LOOKS_FIRST: list[Change] = [
         [
             ("        self.waiters[waiter] = claim\n", ""),
             (
-                "            self.match()\n",
-                "            self.match()\n        self.waiters[waiter] = claim\n",
+                "            self.dispatch()\n",
+                "            self.dispatch()\n        self.waiters[waiter] = claim\n",
             ),
         ],
     )
@@ -1009,7 +1009,7 @@ LEAVE_DRAWS_NO_TICKET: list[Change] = [
 ]
 MATCH_WAKES_BEFORE_IT_FILLS_THE_CLAIM: list[Change] = [
     (
-        HandoffQueue.match,
+        HandoffQueue.dispatch,
         [
             ("                claim[0] = item\n", ""),
             (
@@ -1032,17 +1032,17 @@ PUT_LOOKS_FIRST: list[Change] = [
     )
 ]
 MATCH_KEEPS_WHAT_NOBODY_TAKES: list[Change] = [
-    (HandoffQueue.match, [("                self.give_back(item)\n                continue\n",
+    (HandoffQueue.dispatch, [("                self.give_back(item)\n                continue\n",
                            "                continue\n")])
 ]  # fmt: skip
 MATCH_SERVES_THE_YOUNGEST: list[Change] = [
-    (HandoffQueue.match, [("waiters.popitem(False)", "waiters.popitem()")])
+    (HandoffQueue.dispatch, [("waiters.popitem(False)", "waiters.popitem()")])
 ]
 MATCH_GRANTS_WITHOUT_A_TICKET: list[Change] = [
-    (HandoffQueue.match, [("if claim.pop() is _DECIDES:", "if claim[-1] is _DECIDES:")])
+    (HandoffQueue.dispatch, [("if claim.pop() is _DECIDES:", "if claim[-1] is _DECIDES:")])
 ]
 NEWCOMERS_DO_NOT_LOOK_AT_THE_LINE: list[Change] = [
-    (HandoffQueue.take_or, [("while not self.waiters:", "while True:")])
+    (HandoffQueue.get_nowait, [("while not self.waiters:", "while True:")])
 ]
 A_WAITER_LOOKS_BEFORE_IT_STANDS_IN_LINE: list[Change] = [
     (
@@ -1096,13 +1096,13 @@ A_PARTY_LOOKS_FIRST: list[Change] = [
         Barrier.wait,
         [
             (
-                "            if sleeper is not None:\n                if is_task",
+                "            if waiter is not None:\n                if is_task",
                 "            seen = round.fate\n"
-                "            if sleeper is not None:\n                if is_task",
+                "            if waiter is not None:\n                if is_task",
             ),
             (
-                "round.threads[sleeper] = None\n                if round.fate is None:\n",
-                "round.threads[sleeper] = None\n                if seen is None:\n",
+                "round.threads[waiter] = None\n                if round.fate is None:\n",
+                "round.threads[waiter] = None\n                if seen is None:\n",
             ),
         ],
     )
@@ -1125,7 +1125,10 @@ CLOSE_TELLS_BEFORE_IT_SHUTS: list[Change] = [
         IdleQueue.close,
         [
             ("        self.shut = reason\n", "        self.fail(reason)\n"),
-            ("        self.match()\n", "        self.call_keeper()\n        self.shut = reason\n"),
+            (
+                "        self.dispatch()\n",
+                "        self.call_keeper()\n        self.shut = reason\n",
+            ),
         ],
     )
 ]

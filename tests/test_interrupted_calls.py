@@ -126,7 +126,7 @@ def test_a_thread_that_comes_first_and_is_interrupted_breaks_the_barrier(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     barrier = Barrier(3)
-    interrupt_once(monkeypatch, _park.ThreadSleeper, "__await__")
+    interrupt_once(monkeypatch, _park.ThreadWaiter, "__await__")
     with pytest.raises(Interrupt):
         as_threading(barrier).wait()
     assert barrier.broken

@@ -19,7 +19,7 @@ import trio.testing
 from helpers import PATIENCE, until
 
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore
-from aiosync._park import TrioSleeper, run_in_thread
+from aiosync._park import TrioWaiter, run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -907,7 +907,7 @@ def test_a_trio_that_does_not_tell_whether_a_task_is_at_rest_wakes_it_all_the_sa
             nursery.start_soon(semaphore.acquire)
             await trio.testing.wait_all_tasks_blocked()
             (sleeper,) = semaphore._queue.waiters
-            assert isinstance(sleeper, TrioSleeper)
+            assert isinstance(sleeper, TrioWaiter)
             task = sleeper._task
             sleeper._task = cast("trio.lowlevel.Task", object())  # without its private attributes
             semaphore.release()

@@ -15,7 +15,7 @@ import trio
 
 from aiosync import ConnectionPool, PoolClosed, PoolEvent, PoolTimeout, _park
 from aiosync._handoff import HandoffQueue, new_claim
-from aiosync._park import ThreadSleeper
+from aiosync._park import ThreadWaiter
 from aiosync._pool import _face
 from aiosync._pool._idle import IdleQueue
 from aiosync._pool._keeper import Keeper
@@ -113,13 +113,13 @@ class TestTheQueue:
 
     def test_those_whose_time_is_over_are_woken_and_the_next_one_is_known(self) -> None:
         queue: HandoffQueue[int] = HandoffQueue()
-        sleepers = [ThreadSleeper() for _ in range(4)]
+        sleepers = [ThreadWaiter() for _ in range(4)]
         for sleeper, deadline in zip(sleepers, (1.0, None, 2.0, 3.0), strict=True):
             claim = new_claim()
             claim[1] = deadline
             queue.join(sleeper, claim)
         assert queue.expire(2.0) == 3.0
-        assert [sleeper._bell.acquire(False) for sleeper in sleepers] == [True, False, True, False]
+        assert [sleeper._lock.acquire(False) for sleeper in sleepers] == [True, False, True, False]
 
     def test_to_look_for_those_is_tried_again_if_another_thread_comes_between(self) -> None:
         class ChangedItems(OrderedDict[Any, Any]):
@@ -142,7 +142,7 @@ class TestTheKeeper:
         async with ConnectionPool(Connection, check=lambda _: None) as pool:
             keeper = pool._keeper
             keeper.idle.dormant = Emptied([record()])
-            keeper.idle.waiters[ThreadSleeper()] = new_claim()
+            keeper.idle.waiters[ThreadWaiter()] = new_claim()
             keeper._wake_dormant(keeper.clock())
             keeper.idle.waiters.clear()
             assert not keeper.serving
@@ -383,7 +383,7 @@ class TestTheKeeper:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         async with ConnectionPool(Connection) as pool:
-            monkeypatch.setattr(_face, "has_ended", lambda _: True)
+            monkeypatch.setattr(_face, "loop_ended", lambda _: True)
             with pytest.raises(RuntimeError, match="it is too late to close its connections"):
                 await pool.__aexit__(None, None, None)
             monkeypatch.undo()
@@ -392,7 +392,7 @@ class TestTheKeeper:
 @pytest.mark.asyncio
 async def test_to_wake_one_whose_time_is_over_and_who_was_cancelled_does_no_harm() -> None:
     queue: HandoffQueue[int] = HandoffQueue()
-    waiter = _park.task_sleeper()
+    waiter = _park.task_waiter()
     claim = new_claim()
     claim[1] = 1.0
     queue.join(waiter, claim)
@@ -406,12 +406,12 @@ def test_it_can_be_told_whether_a_loop_has_ended() -> None:
     found: list[object] = []
 
     async def main() -> None:
-        found.append(_park.here())
-        assert not _park.has_ended(found[-1])
+        found.append(_park.current_token())
+        assert not _park.loop_ended(found[-1])
 
     trio.run(main)
     asyncio.run(main())
-    assert all(map(_park.has_ended, found))
+    assert all(map(_park.loop_ended, found))
 
 
 def test_the_tasks_of_a_loop_that_was_closed_without_a_word_are_forgotten() -> None:
@@ -419,7 +419,7 @@ def test_the_tasks_of_a_loop_that_was_closed_without_a_word_are_forgotten() -> N
         await asyncio.sleep(1000)
 
     async def start() -> None:
-        _park.start_in_background(sleep_on, "sleeper", lambda: None)
+        _park.start_background_task(sleep_on, "sleeper", lambda: None)
 
     loop = asyncio.new_event_loop()
     loop.run_until_complete(start())
@@ -523,7 +523,7 @@ def test_who_comes_while_another_lays_a_stale_connection_aside_is_seen_to() -> N
         """Somebody begins to wait just before it is there."""
 
         def append(self, item: Any) -> None:
-            queue.join(ThreadSleeper(), new_claim())
+            queue.join(ThreadWaiter(), new_claim())
             assert not calls
             super().append(item)
 

@@ -33,8 +33,8 @@ from aiosync import (
     TooManyRequests,
     as_threading,
 )
-from aiosync._bridge import ThreadConnectionPool
-from aiosync._park import run_in_thread, thread_sleeper
+from aiosync._as_threading import ThreadConnectionPool
+from aiosync._park import run_in_thread, thread_waiter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -689,12 +689,12 @@ class TestTheLoopOfThePoolHasEnded:
                 raise PoolClosed
 
         for timeout in (0.01, 0.02):
-            sleeper = thread_sleeper(look)
+            sleeper = thread_waiter(look)
             if timeout == 0.02:
                 with pytest.raises(PoolClosed):
-                    run_in_thread(sleeper.at_most(timeout))
+                    run_in_thread(sleeper.wait_with_timeout(timeout))
             else:
-                run_in_thread(sleeper.at_most(timeout))
+                run_in_thread(sleeper.wait_with_timeout(timeout))
         assert looks == [0.01, 0.02]
 
 

@@ -124,7 +124,7 @@ def begin_only(coroutine: Coroutine[Any, Any, object]) -> None:
 
 
 @dataclass(eq=False)
-class Sleeper:
+class Waiter:
     """A task that waits; what it will find when it runs again."""
 
     number: int
@@ -147,7 +147,7 @@ class Sleeper:
         self.doomed = True
 
 
-S = TypeVar("S", bound=Sleeper)
+S = TypeVar("S", bound=Waiter)
 
 
 class Model(Generic[S]):
@@ -277,7 +277,7 @@ class Machine(RuleBasedStateMachine, Generic[M]):
 
 
 @dataclass(eq=False)
-class Acquirer(Sleeper):
+class Acquirer(Waiter):
     granted: bool = False
 
 
@@ -417,7 +417,7 @@ class ActionError(Exception):
 
 
 @dataclass(eq=False)
-class Party(Sleeper):
+class Party(Waiter):
     timeout: float = math.inf
     # The round it has arrived in, or waits for the end of.
     round: Round = field(default_factory=lambda: Round())
@@ -673,7 +673,7 @@ class BarrierMachine(Machine[BarrierModel]):
         assert round.next is None
         assert not round.threads
         if model.round.fate is None:
-            self.agree(len(round.sleepers), len(model.of_round(model.round)))
+            self.agree(len(round.waiters), len(model.of_round(model.round)))
 
 
 @both_loops
@@ -709,7 +709,7 @@ class Link:
 
 
 @dataclass(eq=False)
-class Borrower(Sleeper):
+class Borrower(Waiter):
     began: float = 0.0
     # What it was handed.
     link: Link | None = None

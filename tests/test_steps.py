@@ -751,14 +751,14 @@ MISTAKES: list[Any] = [
     ),
     *mistake(
         "who is cancelled is served",
-        HandoffQueue.match,
+        HandoffQueue.dispatch,
         "if not waiter.",
         "if True or not waiter.",
         newcomers_with_one_in_line,
     ),
     *mistake(
         "the youngest is served",
-        HandoffQueue.match,
+        HandoffQueue.dispatch,
         "waiters.popitem(False)",
         "waiters.popitem()",
         two_acquires_and_one_release,
@@ -808,7 +808,7 @@ MISTAKES: list[Any] = [
     *mistake(
         "a bounded release wakes nobody",
         BoundedSemaphore.release,
-        "self._queue.match()",
+        "self._queue.dispatch()",
         "pass",
         released_too_often,
     ),
@@ -887,7 +887,7 @@ MISTAKES: list[Any] = [
     *mistake(
         "close tells nobody",
         IdleQueue.close,
-        "self.match()",
+        "self.dispatch()",
         "self.call_keeper()",
         close_against_borrowers,
     ),
@@ -1151,7 +1151,7 @@ def test_the_same_seed_explores_the_same(backend: str) -> None:
 
 
 def test_a_random_walk_finds_a_mistake_and_prints_how_to_see_it_again() -> None:
-    with mutated(HandoffQueue.match, ("if not waiter.", "if True or not waiter.")):
+    with mutated(HandoffQueue.dispatch, ("if not waiter.", "if True or not waiter.")):
         with pytest.raises(Found) as found:
             explore(newcomers_with_one_in_line, "asyncio", limit=0, walks=1000, seed=SEED)
         assert f'replay(newcomers_with_one_in_line, "asyncio", {found.value.schedule})' in str(

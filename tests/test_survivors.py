@@ -23,7 +23,7 @@ from helpers import PATIENCE, InThread, Places, run_python, until
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore, as_threading
 from aiosync._barrier import _Round, _Rounds
 from aiosync._handoff import _STOCK, HandoffQueue, new_claim
-from aiosync._park import ThreadSleeper, task_sleeper
+from aiosync._park import ThreadWaiter, task_waiter
 
 Kind = type[Semaphore]
 
@@ -46,7 +46,7 @@ class Bell:
     def get_loop(self) -> object:
         return self
 
-    def call_from_afar(self) -> None:
+    def wake_threadsafe(self) -> None:
         self.bells += 1
         self.on_bell()
 
@@ -82,7 +82,7 @@ async def test_acquire_does_not_take_what_a_waiter_is_about_to_get(kind: Kind) -
         semaphore._queue.items.append(True)  # another thread has begun to release
         tg.start_soon(wait, "newcomer")
         await wait_all_tasks_blocked()
-        semaphore._queue.match()  # and goes on
+        semaphore._queue.dispatch()  # and goes on
     assert served == ["waiter", "newcomer"]
 
 
@@ -121,7 +121,7 @@ async def test_it_is_locked_for_others_while_a_waiter_is_about_to_get_what_is_fr
         await wait_all_tasks_blocked()
         semaphore._queue.items.append(True)
         assert semaphore.locked()
-        semaphore._queue.match()
+        semaphore._queue.dispatch()
 
 
 def test_a_vain_acquire_nowait_is_none_that_may_be_released() -> None:
@@ -137,15 +137,15 @@ def test_a_vain_acquire_nowait_is_none_that_may_be_released() -> None:
 def test_a_stock_that_holds_all_permits_needs_no_reserve() -> None:
     queue: HandoffQueue[bool] = HandoffQueue()
     for _ in range(10):
-        queue.put_equal(True, _STOCK)
+        queue.put_many(True, _STOCK)
         for _ in range(_STOCK):
-            assert queue.take_or(False)
+            assert queue.get_nowait(False)
     assert not queue.reserves, "an empty reserve for each release of many, for ever"
 
 
 def test_who_waits_gets_one_of_many_without_more_than_a_stock_being_laid_out() -> None:
     queue, bells = waiting(*[None] * 20)
-    queue.put_equal(True, 1_000_000)
+    queue.put_many(True, 1_000_000)
     assert [bell.bells for bell in bells] == [1] * 20
     assert queue.free() == 1_000_000 - 20
     assert len(queue.items) <= _STOCK
@@ -166,7 +166,7 @@ def test_a_matcher_looks_at_the_items_last_since_they_come_from_the_reserves() -
             return False
 
     queue.reserves = Moved()
-    queue.match()
+    queue.dispatch()
     assert bell.bells == 1
 
 
@@ -187,7 +187,7 @@ def test_a_matcher_that_gives_back_an_item_looks_again() -> None:
             return super().popitem(last)
 
     queue.waiters = Fleeting(queue.waiters)
-    queue.match()
+    queue.dispatch()
     assert (first.bells, late.bells, queue.free()) == (0, 1, 0)
 
 
@@ -246,7 +246,7 @@ async def test_who_waits_until_a_deadline_gets_the_default_then_or_the_item_befo
     results: list[object] = []
 
     async def wait(deadline: float) -> None:
-        results.append(await queue.wait(task_sleeper(), None, "default", deadline))
+        results.append(await queue.wait(task_waiter(), None, "default", deadline))
 
     async with create_task_group() as tg:
         for deadline in (1.0, 2.0):
@@ -331,7 +331,7 @@ def test_a_thread_that_is_interrupted_while_the_action_runs_keeps_no_other_aslee
     class Interrupt(BaseException):
         pass
 
-    class Interrupted(ThreadSleeper):
+    class Interrupted(ThreadWaiter):
         def __await__(self) -> Any:
             assert acting.wait(PATIENCE)
             raise Interrupt
@@ -347,7 +347,7 @@ def test_a_thread_that_is_interrupted_while_the_action_runs_keeps_no_other_aslee
     for number in range(4):
         view = as_threading(barrier)
         if number == 1:
-            view._shared._new_sleeper = Interrupted
+            view._shared._new_waiter = Interrupted
         parties.append(InThread(view.wait))
         if number < 3:
             until(lambda number=number: len(round.threads) == number + 1)  # type: ignore[misc]
@@ -410,12 +410,12 @@ def _round() -> _Round:
 # Functions that change what is shared, and arguments for them.
 CRITICAL: list[tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = [
     (HandoffQueue.put, lambda: (HandoffQueue(), 1)),
-    (HandoffQueue.put_equal, lambda: (HandoffQueue(), 1, 1)),
-    (HandoffQueue.take_or, lambda: (HandoffQueue(), None)),
-    (HandoffQueue.join, lambda: (HandoffQueue(), task_sleeper(), new_claim())),
-    (HandoffQueue.leave, lambda: (HandoffQueue(), task_sleeper(), new_claim())),
-    (HandoffQueue.wait, lambda: (HandoffQueue([1]), task_sleeper(), None, None)),
-    (HandoffQueue.match, lambda: (HandoffQueue(),)),
+    (HandoffQueue.put_many, lambda: (HandoffQueue(), 1, 1)),
+    (HandoffQueue.get_nowait, lambda: (HandoffQueue(), None)),
+    (HandoffQueue.join, lambda: (HandoffQueue(), task_waiter(), new_claim())),
+    (HandoffQueue.leave, lambda: (HandoffQueue(), task_waiter(), new_claim())),
+    (HandoffQueue.wait, lambda: (HandoffQueue([1]), task_waiter(), None, None)),
+    (HandoffQueue.dispatch, lambda: (HandoffQueue(),)),
     (HandoffQueue.give_back, lambda: (HandoffQueue(), 1)),
     (HandoffQueue._restock, lambda: (HandoffQueue(),)),
     (Semaphore.acquire, lambda: (Semaphore(),)),
@@ -432,7 +432,7 @@ CRITICAL: list[tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = [
     (_Round.abandon, lambda: (_round(),)),
     (_Round.wake, lambda: (_round(),)),
     (_Round.wake_a_thread, lambda: (_round(),)),
-    (_Round.leave, lambda: (_round(), ThreadSleeper())),
+    (_Round.leave, lambda: (_round(), ThreadWaiter())),
     (_Rounds.after, lambda: (_Rounds(2, None), _round())),
     (_Rounds.fill, lambda: (_Rounds(2, None), _round())),
     (_Rounds.trip, lambda: (_Rounds(2, None), _round())),
@@ -451,9 +451,9 @@ semaphore = Semaphore(0)
 import trio
 
 def strike():
-    _handoff.here = here
+    _handoff.current_token = current_token
     signal.raise_signal(signal.SIGINT)
-    return here()
+    return current_token()
 
 async def main():
     if not {trio_first}:
@@ -462,13 +462,13 @@ async def main():
     thread.start()
     while not semaphore.statistics().tasks_waiting:
         await trio.sleep(0.001)
-    _handoff.here = strike
+    _handoff.current_token = strike
     semaphore.release()
     thread.join(20)
     print(got)
 
 got = []
-here = _handoff.here
+current_token = _handoff.current_token
 thread = threading.Thread(target=lambda: got.append(as_threading(semaphore).acquire()), daemon=True)
 try:
     trio.run(main)
@@ -482,7 +482,7 @@ import signal, threading, trio
 from aiosync import Barrier, BrokenBarrierError, _park, as_threading
 
 barrier = Barrier(2)
-ring = _park.ThreadSleeper.set_result
+ring = _park.ThreadWaiter.set_result
 
 def strike(self, result=None):
     signal.raise_signal(signal.SIGINT)
@@ -498,7 +498,7 @@ async def main():
     thread.start()
     while not barrier._rounds.latest.threads:
         await trio.sleep(0.001)
-    _park.ThreadSleeper.set_result = strike
+    _park.ThreadWaiter.set_result = strike
     barrier.abort()
     thread.join(20)
     print(got)
@@ -550,7 +550,7 @@ def test_no_keyboard_interrupt_of_trio_is_raised_in_the_middle_of(
 
     async def main() -> None:
         given = arguments()
-        task_sleeper()  # the first makes trio know what is critical
+        task_waiter()  # the first makes trio know what is critical
         assert not trio.lowlevel.currently_ki_protected()
         options = {"although_full": False} if function is _Round.break_ else {}
         before = sys.getprofile()

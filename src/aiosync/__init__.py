@@ -3,10 +3,10 @@
 The face: nothing but re-exports.
 """
 
+from ._as_threading import as_threading
 from ._barrier import Barrier
-from ._bridge import as_threading
 from ._errors import BrokenBarrierError, PoolClosed, PoolTimeout, TooManyRequests
-from ._legacy import from_threading
+from ._from_threading import from_threading
 from ._pool import ConnectionInfo, ConnectionPool, PoolEvent
 from ._semaphore import BoundedSemaphore, Semaphore
 

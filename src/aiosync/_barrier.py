@@ -8,7 +8,7 @@ How it works without a lock
 A `_Round` collects the parties of one generation. Its fate is decided once, by an atomic
 ``dict.setdefault``: by the last party to arrive, or by whoever breaks it. A party first shows
 itself and then looks at the fate; who decides the fate first writes it and then wakes those it
-sees. So a sleeper sees the fate, or is woken. A fate never changes, and the next round is another
+sees. So a waiter sees the fate, or is woken. A fate never changes, and the next round is another
 object, so nothing that happens to the one can touch the other.
 """
 
@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Union
 
 from ._errors import BrokenBarrierError, NotCopied, check_count, check_timeout
 from ._park import (
-    at_most,
     checkpoint,
-    critical,
-    protect,
-    task_sleeper,
-    thread_sleeper,
+    enable_ki_protection,
+    ki_protected,
+    task_waiter,
+    thread_waiter,
+    wait_with_timeout,
     wake_all,
 )
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from types import TracebackType
 
-    from ._park import Sleeper
+    from ._park import Waiter
 
 
 class _Broken:
@@ -64,32 +64,32 @@ _RESET = "reset() was called"
 class _Round:
     """One generation of the barrier."""
 
-    __slots__ = ("decided", "fate", "next", "places", "sleepers", "threads")
+    __slots__ = ("decided", "fate", "next", "places", "threads", "waiters")
 
     def __init__(self, places: list[int]) -> None:
         # The indices not yet given out, taken from the right: 0 first, parties - 1 last. To remove
         # one is to arrive.
         self.places = places
         # The tasks to be woken once the fate is known, in the order in which they came.
-        self.sleepers: list[Sleeper] = []
+        self.waiters: list[Waiter] = []
         # The threads. Of these only one is woken, and each that leaves wakes one more: to wake all
         # at once makes them fight for the interpreter, and a round of 8 take twice as long. A
         # thread takes itself out before it leaves. So whoever is found in here has not left yet.
-        self.threads: dict[Sleeper, None] = {}
+        self.threads: dict[Waiter, None] = {}
         # Written by setdefault only, so each key once:
         #   "fate": by who came first, the last party (TRIPPED, or FULL if there is an action) or
         #       somebody who breaks the round
         #   "verdict": after FULL, how the action ended: TRIPPED, or broken
         #   "next": the round to join instead, if this one has tripped or was broken and then reset
-        #   "latecomers": those who found no place while the action runs; woken with the sleepers
+        #   "latecomers": those who found no place while the action runs; woken with the waiters
         self.decided: dict[str, Any] = {}
         # TRIPPED or broken; None while it fills and while its action runs. Written before the
-        # sleepers are woken, and never changed. A copy, because all look at it all the time.
+        # waiters are woken, and never changed. A copy, because all look at it all the time.
         self.fate: _Fate | None = None
         # The same of "next".
         self.next: _Round | None = None
 
-    @critical
+    @ki_protected
     def break_(self, reason: str, *, although_full: bool) -> bool:
         """Break the round for all who are in it; False if its fate was decided before.
 
@@ -107,32 +107,32 @@ class _Round:
             self.wake()
         return decided is broken
 
-    @critical
+    @ki_protected
     def abandon(self) -> None:
         """Break the round because a party was interrupted, who knows where."""
         if not self.break_(_CANCELLED, although_full=False) and self.fate is not None:
             self.wake()  # in case it was in the middle of that
 
-    @critical
+    @ki_protected
     def wake(self) -> None:
         """Wake everybody, the fate being known. Does no harm if it is done again."""
-        if self.sleepers:
-            wake_all(self.sleepers)
+        if self.waiters:
+            wake_all(self.waiters)
         if self.threads:
             self.wake_a_thread()
         latecomers = self.decided.get("latecomers")
         if latecomers is not None:
             wake_all(latecomers)
 
-    @critical
+    @ki_protected
     def wake_a_thread(self) -> None:
         """Wake one that has not left yet; which may be the one that was woken last time."""
         threads = list(self.threads)
         if threads:
             threads[-1].set_result(None)  # for a thread this is the same from everywhere
 
-    @critical
-    def leave(self, thread: Sleeper) -> None:
+    @ki_protected
+    def leave(self, thread: Waiter) -> None:
         """Take out a thread that sleeps no more, and wake the next."""
         self.threads.pop(thread, None)
         # Not if it was interrupted while the action runs: nobody has been woken yet.
@@ -151,7 +151,7 @@ class _Rounds:
     __slots__ = ("_places", "action", "last", "latest")
 
     def __init__(self, parties: int, action: Callable[[], object] | None) -> None:
-        protect()
+        enable_ki_protection()
         self.action = action
         self.last = parties - 1
         self._places = list(range(self.last, -1, -1))
@@ -168,7 +168,7 @@ class _Rounds:
             self.latest = round
         return round
 
-    @critical
+    @ki_protected
     def after(self, round: _Round) -> _Round:
         """Return the round after `round`, which is over."""
         following = round.next
@@ -193,7 +193,7 @@ class _Rounds:
                 finally:
                     del round  # see Barrier.wait
 
-    @critical
+    @ki_protected
     def fill(self, round: _Round) -> bool:
         """Arrive as the last party: trip the round, or let the action decide.
 
@@ -201,7 +201,7 @@ class _Rounds:
         """
         # Cancelled, or out of time, before we came, although it has not run since: then it was not
         # here with us.
-        if any(map(_done, round.sleepers)):
+        if any(map(_done, round.waiters)):
             round.break_(_GAVE_UP, although_full=False)
         decided = round.decided
         if self.action is not None:
@@ -214,7 +214,7 @@ class _Rounds:
         round.wake()
         return True
 
-    @critical
+    @ki_protected
     def trip(self, round: _Round) -> bool:
         """Let everybody pass, the action being done; False if the round was broken before."""
         if round.decided.setdefault("verdict", _TRIPPED) is not _TRIPPED:
@@ -224,7 +224,7 @@ class _Rounds:
         round.wake()
         return True
 
-    @critical
+    @ki_protected
     def abort(self) -> None:
         round = self.current()
         while not round.break_(_ABORTED, although_full=True):
@@ -234,7 +234,7 @@ class _Rounds:
                 return
             round = following  # it has just tripped
 
-    @critical
+    @ki_protected
     def reset(self) -> None:
         round = self.current()
         if not round.break_(_RESET, although_full=True):
@@ -270,7 +270,7 @@ class Barrier(NotCopied):
     :raises ValueError: if `parties` is smaller than 1, or `timeout` is NaN
     """
 
-    __slots__ = ("__weakref__", "_new_sleeper", "_rounds", "_timeout")
+    __slots__ = ("__weakref__", "_new_waiter", "_rounds", "_timeout")
 
     def __init__(
         self,
@@ -283,17 +283,17 @@ class Barrier(NotCopied):
             raise TypeError(f"action must be callable or None, not {type(action).__name__}")
         self._timeout = check_timeout(timeout)
         self._rounds = _Rounds(parties, action)
-        self._new_sleeper: Callable[[], Sleeper] = task_sleeper
+        self._new_waiter: Callable[[], Waiter] = task_waiter
 
     def _for_threads(self) -> Barrier:
         """Return a barrier with the same state whose `wait` blocks the thread that runs it."""
         twin = object.__new__(Barrier)
         twin._timeout = self._timeout
         twin._rounds = self._rounds
-        twin._new_sleeper = thread_sleeper
+        twin._new_waiter = thread_waiter
         return twin
 
-    @critical
+    @ki_protected
     async def wait(self, timeout: float | None = None) -> int:
         """Wait until all parties have called this.
 
@@ -321,8 +321,8 @@ class Barrier(NotCopied):
         timeout = self._timeout if timeout is None else check_timeout(timeout)
         rounds = self._rounds
         round = rounds.latest
-        is_task = self._new_sleeper is task_sleeper
-        sleeper: Sleeper | None = None
+        is_task = self._new_waiter is task_waiter
+        waiter: Waiter | None = None
         index = -1  # we have not arrived
         try:
             while True:
@@ -333,20 +333,20 @@ class Barrier(NotCopied):
                 # thread need one that will not wait.
                 last = len(round.places) == 1
                 if is_task:
-                    sleeper = None if last and rounds.last else task_sleeper()
+                    waiter = None if last and rounds.last else task_waiter()
                 elif last or (timeout is not None and timeout <= 0):
-                    sleeper = None
+                    waiter = None
                 else:
-                    sleeper = self._new_sleeper()
+                    waiter = self._new_waiter()
                 try:
                     index = round.places.pop()
                     break
                 except IndexError:
                     # The action is running: there is no place for us before it has ended.
-                    sleeper = self._new_sleeper()
-                    round.decided.setdefault("latecomers", []).append(sleeper)
+                    waiter = self._new_waiter()
+                    round.decided.setdefault("latecomers", []).append(waiter)
                     if round.fate is None:
-                        await sleeper
+                        await waiter
                 except BaseException:
                     # A signal handler has raised, and we may have arrived.
                     round.abandon()
@@ -370,31 +370,31 @@ class Barrier(NotCopied):
                     # Nobody ever waits for others here, so others might never run.
                     await checkpoint()
                 return index
-            if sleeper is not None:
+            if waiter is not None:
                 if is_task:
-                    round.sleepers.append(sleeper)
+                    round.waiters.append(waiter)
                 else:
-                    round.threads[sleeper] = None
+                    round.threads[waiter] = None
                 if round.fate is None:
                     if timeout is None:
-                        await sleeper
+                        await waiter
                     elif timeout > 0:
-                        await at_most(sleeper, timeout)
+                        await wait_with_timeout(waiter, timeout)
             if round.fate is None and not round.break_(_TIMED_OUT, although_full=False):
                 # Too late for that: all have arrived. What becomes of the round is not known. A
                 # thread may sleep on the same bell again, if it has one.
                 if is_task:
-                    sleeper = task_sleeper()
-                    round.sleepers.append(sleeper)
-                elif sleeper is None:
-                    sleeper = self._new_sleeper()
-                    round.threads[sleeper] = None
+                    waiter = task_waiter()
+                    round.waiters.append(waiter)
+                elif waiter is None:
+                    waiter = self._new_waiter()
+                    round.threads[waiter] = None
                 if round.fate is None:
-                    await sleeper
+                    await waiter
             if round.fate is not _TRIPPED:
                 raise round.error()
-            if not is_task and sleeper is not None:
-                round.leave(sleeper)
+            if not is_task and waiter is not None:
+                round.leave(waiter)
             return index
         except BaseException as error:
             if is_task:
@@ -406,8 +406,8 @@ class Barrier(NotCopied):
             else:
                 if index >= 0 and not isinstance(error, BrokenBarrierError):
                     round.abandon()
-                if sleeper is not None:
-                    round.leave(sleeper)  # again, perhaps
+                if waiter is not None:
+                    round.leave(waiter)  # again, perhaps
             raise
         finally:
             # Or else an exception that somebody keeps would keep this round, by its traceback, and

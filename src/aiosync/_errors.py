@@ -89,7 +89,7 @@ def check_timeout(timeout: float | None) -> float | None:
     return None if timeout > _FOR_EVER else timeout
 
 
-def patience(blocking: bool, timeout: float | None) -> float | None:
+def normalize_timeout(blocking: bool, timeout: float | None) -> float | None:
     """Return how many seconds to wait: None for ever, 0 not at all."""
     if timeout is None and blocking:
         return None

@@ -12,7 +12,7 @@ see `_Locked` below.) A *removal is a claim*: of all who try to remove one thing
 
 1. *No lost wake-up.* Both sides publish first and look second: `join` adds the waiter before it
    looks at the items, `put` adds the item before it looks at the waiters. Whichever of the two
-   publishes last sees the other, and calls `match`. A matcher that gives back what it took
+   publishes last sees the other, and calls `dispatch`. A matcher that gives back what it took
    publishes again, so it looks again. Items move from `reserves` to `items` without a look at the
    waiters; `join` looks at the two in that order, so it sees an item that moves meanwhile.
 2. *Conservation.* An item is at any moment in one place: in `items`, in the hands of one matcher,
@@ -34,12 +34,20 @@ from math import inf
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from ._park import FREE_THREADED, InvalidStateError, at_most, critical, here, protect, wake
+from ._park import (
+    FREE_THREADED,
+    InvalidStateError,
+    current_token,
+    enable_ki_protection,
+    ki_protected,
+    wait_with_timeout,
+    wake,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from ._park import Sleeper
+    from ._park import Waiter
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -80,7 +88,7 @@ _STOCK = 256
 
 
 class HandoffQueue(Generic[T]):
-    """Items on one side, waiters on the other, never both for longer than one `match`.
+    """Items on one side, waiters on the other, never both for longer than one `dispatch`.
 
     Every method may be called from any thread, signal handler or finalizer, and never blocks.
     """
@@ -88,12 +96,12 @@ class HandoffQueue(Generic[T]):
     __slots__ = ("items", "line", "reserves", "waiters")
 
     def __init__(self, items: Iterable[T] = ()) -> None:
-        protect()
+        enable_ki_protection()
         # Free items. Taken from the right, so the last one returned is the first to be taken.
         self.items: deque[T] = deque(items)
         # Everybody who waits, the oldest first. A waiter stands here from `join` until a matcher
         # or the waiter itself removes it; being in here decides nothing, the tickets do.
-        self.waiters: OrderedDict[Sleeper, Claim] = _Waiters()
+        self.waiters: OrderedDict[Waiter, Claim] = _Waiters()
         # One entry for each who is inside `wait`: added before it can be seen in `waiters`, removed
         # when it knows the outcome. So if this is empty nobody waits. A list, because nothing else
         # has its truth told as fast: to ask `waiters` makes acquire and release take 4% longer.
@@ -105,24 +113,24 @@ class HandoffQueue(Generic[T]):
         """Return how many items are free; no ``__len__``, since that may not exceed sys.maxsize."""
         return len(self.items) + sum(length_hint(reserve) for reserve in self.reserves.copy())
 
-    @critical
+    @ki_protected
     def put(self, item: T) -> None:
         """Add `item`: it goes to the oldest waiter, or is free."""
         self.items.append(item)
         if self.waiters:
-            self.match()
+            self.dispatch()
 
-    @critical
-    def put_equal(self, item: T, n: int) -> None:
+    @ki_protected
+    def put_many(self, item: T, n: int) -> None:
         """Add `item` `n` times; the memory this takes does not depend on `n`."""
         self.items.extend(repeat(item, min(n, _STOCK)))
         if n > _STOCK:
             self.reserves.append(repeat(item, n - _STOCK))
         if self.waiters:
-            self.match()
+            self.dispatch()
 
-    @critical
-    def take_or(self, default: D) -> T | D:
+    @ki_protected
+    def get_nowait(self, default: D) -> T | D:
         """Remove and return a free item, or `default`: none is free, or somebody waits for it."""
         while not self.waiters:
             try:
@@ -132,8 +140,8 @@ class HandoffQueue(Generic[T]):
                     break
         return default
 
-    @critical
-    def join(self, waiter: Sleeper, claim: Claim) -> None:
+    @ki_protected
+    def join(self, waiter: Waiter, claim: Claim) -> None:
         """Let `waiter` wait for an item. It may be granted one, and woken, before this returns.
 
         Whatever ends its sleep, or this call, the waiter has to `leave`; only if nothing but a
@@ -144,10 +152,10 @@ class HandoffQueue(Generic[T]):
         self.waiters[waiter] = claim
         # In this order, in which `_restock` moves them, who does not look at the waiters.
         if self.reserves or self.items:
-            self.match()
+            self.dispatch()
 
-    @critical
-    def leave(self, waiter: Sleeper, claim: Claim) -> bool:
+    @ki_protected
+    def leave(self, waiter: Waiter, claim: Claim) -> bool:
         """End the wait of `waiter`, which calls this itself, once, when it sleeps no more.
 
         :return: True if it leaves with empty hands; False if it was granted ``claim[0]`` in the
@@ -159,11 +167,11 @@ class HandoffQueue(Generic[T]):
         # The deadline, if a matcher took the item back because our loop had closed.
         return ticket is not _COLLECTS
 
-    @critical
+    @ki_protected
     async def wait(
-        self, waiter: Sleeper, timeout: float | None, default: D, deadline: float | None = None
+        self, waiter: Waiter, timeout: float | None, default: D, deadline: float | None = None
     ) -> T | D:
-        """Wait in line for an item, with `waiter`, a new sleeper of the task or thread that calls.
+        """Wait in line for an item, with `waiter`, a new waiter of the task or thread that calls.
 
         :param timeout: how many seconds at most; None: no limit
         :param deadline: until when; but somebody else has to keep it, see `expire`
@@ -175,7 +183,7 @@ class HandoffQueue(Generic[T]):
         line.append(None)
         try:
             self.join(waiter, claim)
-            await (waiter if timeout is None else at_most(waiter, timeout))
+            await (waiter if timeout is None else wait_with_timeout(waiter, timeout))
         except BaseException:
             if not self.leave(waiter, claim):
                 self.put(claim[0])
@@ -193,7 +201,7 @@ class HandoffQueue(Generic[T]):
         This saves each waiter a timer of its own, half of what its wait costs. They have to come in
         the order of their deadlines: the same timeout, then, for all who give one.
         """
-        at = here()
+        at = current_token()
         while True:
             try:
                 for waiter, claim in self.waiters.items():
@@ -206,11 +214,11 @@ class HandoffQueue(Generic[T]):
                 continue  # another thread has changed it meanwhile; to wake twice does no harm
             return inf
 
-    @critical
-    def match(self) -> None:
+    @ki_protected
+    def dispatch(self) -> None:
         """Hand free items to waiters, the oldest first, until one of the two has run out."""
         items, waiters, reserves = self.items, self.waiters, self.reserves
-        at = here()
+        at = current_token()
         # Items last: they may have come from the reserves meanwhile.
         while waiters and (items or (reserves and self._restock()) or items):
             try:
@@ -240,12 +248,12 @@ class HandoffQueue(Generic[T]):
                         continue
             self.give_back(item)
 
-    @critical
+    @ki_protected
     def give_back(self, item: T) -> None:
         """Put back an item that a matcher took, but found nobody for. It will look again."""
         self.items.append(item)
 
-    @critical
+    @ki_protected
     def _restock(self) -> bool:
         """Move some items from the reserves to `items`, one atomic step each.
 

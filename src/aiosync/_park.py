@@ -3,12 +3,12 @@
 This is the only file that knows asyncio, trio and OS threads, and so the only one that imports
 ``asyncio``, ``trio`` or ``_thread``. It knows nothing of permits, rounds or queues.
 
-A *sleeper* stands for one sleep of one task or thread. Its owner creates it, shows it to others,
+A *waiter* stands for one sleep of one task or thread. Its owner creates it, shows it to others,
 and only then sleeps; from the moment it can be seen anybody may ring its bell, from any thread. The
 bell says "look again" and carries no data: what it announces has been decided, and stands
 elsewhere, before it is rung. So a bell that nobody hears any more loses nothing.
 
-The sleeper of an asyncio task is a bare `asyncio.Future`, and the others speak those few words of
+The waiter of an asyncio task is a bare `asyncio.Future`, and the others speak those few words of
 its language that are needed. An object of our own around the future would be cleaner, and make a
 barrier's round take a tenth longer.
 """
@@ -70,41 +70,41 @@ F = TypeVar("F", bound="Callable[..., object]")
 
 _modules = sys.modules
 
-_critical: list[Callable[..., object]] = []
+_ki_protected: list[Callable[..., object]] = []
 
 
-def critical(function: F) -> F:
+def ki_protected(function: F) -> F:
     """Let no KeyboardInterrupt of trio's come in the middle of `function`, but at a checkpoint.
 
     As in trio's own primitives; it costs nothing, since trio takes note of the code only. Outside
     of trio nobody can promise this.
     """
-    _critical.append(function)
+    _ki_protected.append(function)
     return function
 
 
-def protect() -> None:
-    """Tell trio which functions are critical, if it is there, and has not been told before.
+def enable_ki_protection() -> None:
+    """Tell trio which functions are ki_protected, if it is there, and has not been told before.
 
     To be called when an object is made. One that was made before trio was imported is protected
     from the first checkpoint or wait under trio on.
     """
     enable = getattr(_modules.get("trio.lowlevel"), "enable_ki_protection", None)
-    while enable is not None and _critical:
+    while enable is not None and _ki_protected:
         try:
-            enable(_critical.pop())
+            enable(_ki_protected.pop())
         except IndexError:
             pass  # another thread was faster
 
 
-class TrioSleeper:
+class TrioWaiter:
     """A task of a trio run."""
 
     __slots__ = ("_aborted", "_asleep", "_lowlevel", "_task", "_token")
 
     def __init__(self, lowlevel: Any) -> None:
-        if _critical:
-            protect()
+        if _ki_protected:
+            enable_ki_protection()
         self._lowlevel = lowlevel
         self._task: Task = lowlevel.current_task()
         self._token: TrioToken = lowlevel.current_trio_token()
@@ -131,7 +131,7 @@ class TrioSleeper:
         self._aborted = True
         return abort.SUCCEEDED
 
-    async def at_most(self, timeout: float) -> None:
+    async def wait_with_timeout(self, timeout: float) -> None:
         with _modules["trio"].move_on_after(timeout):
             await self
 
@@ -155,18 +155,18 @@ class TrioSleeper:
         except AttributeError:  # another version of trio
             at_rest = False
         if not at_rest:
-            self.call_from_afar()
+            self.wake_threadsafe()
             return
-        try:  # the same as `_ring`, without the call
+        try:  # the same as `_wake`, without the call
             self._asleep.pop()
         except IndexError:
             return
         self._lowlevel.reschedule(task)
 
-    def call_from_afar(self) -> None:
-        self._token.run_sync_soon(self._ring)
+    def wake_threadsafe(self) -> None:
+        self._token.run_sync_soon(self._wake)
 
-    def _ring(self) -> None:
+    def _wake(self) -> None:
         try:
             self._asleep.pop()
         except IndexError:
@@ -174,26 +174,26 @@ class TrioSleeper:
         self._lowlevel.reschedule(self._task)
 
 
-class ThreadSleeper:
+class ThreadWaiter:
     """An OS thread, asleep on a raw lock of its own.
 
     To await it blocks the thread and never yields, so that `run_in_thread` can run the very code
     that tasks run.
     """
 
-    __slots__ = ("_bell",)
+    __slots__ = ("_lock",)
 
     def __init__(self) -> None:
-        bell = self._bell = allocate_lock()
+        bell = self._lock = allocate_lock()
         bell.acquire()
 
     def __await__(self) -> Generator[Any, None, None]:
-        self._bell.acquire()
+        self._lock.acquire()
         nothing: Generator[Any, None, None] = _NOTHING_TO_AWAIT
         return nothing
 
-    async def at_most(self, timeout: float) -> None:
-        self._bell.acquire(True, min(timeout, TIMEOUT_MAX))
+    async def wait_with_timeout(self, timeout: float) -> None:
+        self._lock.acquire(True, min(timeout, TIMEOUT_MAX))
 
     def done(self) -> bool:
         return False
@@ -203,20 +203,20 @@ class ThreadSleeper:
 
     def set_result(self, result: None = None) -> None:
         try:
-            self._bell.release()
+            self._lock.release()
         except RuntimeError:
             pass  # rung before
 
-    call_from_afar = set_result
+    wake_threadsafe = set_result
 
 
 _NOTHING_TO_AWAIT: Any = iter(())
 
-# How long, in seconds, a `WatchfulThreadSleeper` sleeps until it looks around.
-_NAP = 0.5
+# How long, in seconds, a `PollingThreadWaiter` sleeps until it looks around.
+_POLL_INTERVAL = 0.5
 
 
-class WatchfulThreadSleeper(ThreadSleeper):
+class PollingThreadWaiter(ThreadWaiter):
     """A thread that looks around now and then while it sleeps, and need not sleep on.
 
     :param look: called without arguments every half second, and before a timeout; what it raises
@@ -230,22 +230,22 @@ class WatchfulThreadSleeper(ThreadSleeper):
         self._look = look
 
     def __await__(self) -> Generator[Any, None, None]:
-        while not self._bell.acquire(True, _NAP):
+        while not self._lock.acquire(True, _POLL_INTERVAL):
             self._look()
         nothing: Generator[Any, None, None] = _NOTHING_TO_AWAIT
         return nothing
 
-    async def at_most(self, timeout: float) -> None:
+    async def wait_with_timeout(self, timeout: float) -> None:
         deadline = monotonic() + timeout
-        while timeout > 0 and not self._bell.acquire(True, min(timeout, _NAP)):
+        while timeout > 0 and not self._lock.acquire(True, min(timeout, _POLL_INTERVAL)):
             self._look()
             timeout = deadline - monotonic()
 
 
-def thread_sleeper(look: Callable[[], object] | None = None) -> ThreadSleeper:
-    """Return a new sleeper for the thread that calls.
+def thread_waiter(look: Callable[[], object] | None = None) -> ThreadWaiter:
+    """Return a new waiter for the thread that calls.
 
-    :param look: see `WatchfulThreadSleeper`; None: it sleeps until it is woken
+    :param look: see `PollingThreadWaiter`; None: it sleeps until it is woken
     :raises RuntimeError: if an event loop is running on this thread, which would freeze
     """
     if _get_running_loop() is not None or _running_trio() is not None:
@@ -253,11 +253,11 @@ def thread_sleeper(look: Callable[[], object] | None = None) -> ThreadSleeper:
             "this would block the event loop that is running on this thread: await the acquire(), "
             "wait() or connection() of the shared object itself, or do not wait (blocking=False)"
         )
-    return ThreadSleeper() if look is None else WatchfulThreadSleeper(look)
+    return ThreadWaiter() if look is None else PollingThreadWaiter(look)
 
 
-# What every sleeper does, in the words of asyncio.Future:
-#   await sleeper       Sleep until the bell rings. Once, and by the owner. A cancellation is
+# What every waiter does, in the words of asyncio.Future:
+#   await waiter       Sleep until the bell rings. Once, and by the owner. A cancellation is
 #                       raised, never swallowed; so is an exception from a signal handler.
 #   done()              Whether the owner was cancelled, or its bell has rung because its time was
 #                       over, so that it will leave as soon as its loop runs it. (If both happen, an
@@ -265,40 +265,40 @@ def thread_sleeper(look: Callable[[], object] | None = None) -> ThreadSleeper:
 #                       Exact on the thread of that loop. From elsewhere a False may be out of date:
 #                       harmless, the owner finds out what was decided when it tries to leave.
 #   get_loop()          The event loop, the trio token or None (a thread).
-#   set_result(None)    Ring the bell from `here`, that is if `here` returned the same loop. More
+#   set_result(None)    Wake it from its own loop: only if `current_token` returned the same. More
 #                       than once does no harm; a Future raises InvalidStateError then.
-Sleeper = Union["Future[None]", TrioSleeper, ThreadSleeper]
+Waiter = Union["Future[None]", TrioWaiter, ThreadWaiter]
 
 
-def task_sleeper() -> Sleeper:
-    """Return a new sleeper for the task that calls.
+def task_waiter() -> Waiter:
+    """Return a new waiter for the task that calls.
 
     :raises NoEventLoopError: if no asyncio or trio event loop is running on this thread
     """
     if "trio" in _modules:  # what `_running_trio` asks first, without the call
         lowlevel = _running_trio()
         if lowlevel is not None:
-            return TrioSleeper(lowlevel)
+            return TrioWaiter(lowlevel)
     loop = _get_running_loop()
     if loop is None:
         raise _no_event_loop()
     return Future(loop=loop)
 
 
-async def at_most(sleeper: Sleeper, timeout: float) -> None:
+async def wait_with_timeout(waiter: Waiter, timeout: float) -> None:
     """Sleep until the bell rings or `timeout` seconds have passed; which of the two: look."""
-    if not isinstance(sleeper, Future):
-        await sleeper.at_most(timeout)
+    if not isinstance(waiter, Future):
+        await waiter.wait_with_timeout(timeout)
         return
-    timer = sleeper.get_loop().call_later(timeout, _ring, sleeper)
+    timer = waiter.get_loop().call_later(timeout, _wake, waiter)
     try:
-        await sleeper
+        await waiter
     finally:
         timer.cancel()
 
 
 def run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run, on the OS thread that calls, a coroutine that sleeps on `ThreadSleeper` only.
+    """Run, on the OS thread that calls, a coroutine that sleeps on `ThreadWaiter` only.
 
     :raises RuntimeError: if it awaits something else; raised where it does so
     """
@@ -311,7 +311,7 @@ def run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
         return outcome
 
 
-def here() -> object:
+def current_token() -> object:
     """Return the event loop, or the trio token, whose task is being run; None if there is none.
 
     Its other tasks may be woken directly. Not so from a mere callback of the same loop: that may be
@@ -333,51 +333,51 @@ def here() -> object:
     return None
 
 
-@critical
-def wake(sleeper: Sleeper, at: object) -> bool:
-    """Ring the bell of `sleeper`, from any thread.
+@ki_protected
+def wake(waiter: Waiter, at: object) -> bool:
+    """Ring the bell of `waiter`, from any thread.
 
-    :param at: what `here` returned in this very step
+    :param at: what `current_token` returned in this very step
     :return: False if nobody is left to hear it, because the event loop has closed
     """
-    loop = sleeper.get_loop()
+    loop = waiter.get_loop()
     if loop is at:
         try:
-            sleeper.set_result(None)
+            waiter.set_result(None)
         except InvalidStateError:
             pass  # it was cancelled, or its time was over
         return True
     try:
-        if isinstance(sleeper, Future):
-            sleeper.get_loop().call_soon_threadsafe(_ring, sleeper)
+        if isinstance(waiter, Future):
+            waiter.get_loop().call_soon_threadsafe(_wake, waiter)
         else:
-            sleeper.call_from_afar()
+            waiter.wake_threadsafe()
     except RuntimeError:
         return False
     return True
 
 
-@critical
-def wake_all(sleepers: Iterable[Sleeper]) -> None:
-    """Ring the bells of all `sleepers`, in their order, from any thread."""
-    at = here()
-    for sleeper in sleepers:
+@ki_protected
+def wake_all(waiters: Iterable[Waiter]) -> None:
+    """Ring the bells of all `waiters`, in their order, from any thread."""
+    at = current_token()
+    for waiter in waiters:
         # What `wake` does in the most common case, without the call.
-        if sleeper.get_loop() is at:
+        if waiter.get_loop() is at:
             try:
-                sleeper.set_result(None)
+                waiter.set_result(None)
             except InvalidStateError:
                 pass
         else:
-            wake(sleeper, at)
+            wake(waiter, at)
 
 
-def deserted(sleeper: Sleeper) -> bool:
-    """Tell whether the loop of `sleeper` has closed, as far as can be seen without waking it."""
-    return isinstance(sleeper, Future) and sleeper.get_loop().is_closed()
+def is_abandoned(waiter: Waiter) -> bool:
+    """Tell whether the loop of `waiter` has closed, as far as can be seen without waking it."""
+    return isinstance(waiter, Future) and waiter.get_loop().is_closed()
 
 
-def _ring(future: Future[None]) -> None:
+def _wake(future: Future[None]) -> None:
     if not future.done():
         future.set_result(None)
 
@@ -401,20 +401,20 @@ def clock() -> Callable[[], float]:
 
 
 def locate() -> Callable[[], object]:
-    """Return what tells, faster than `here`, whether the running event loop is running again.
+    """Return a fast function that returns what `current_token` does now, as long as the loop runs.
 
-    To be called by a task, as what is returned: that returns the same as `here` does now, and on
+    Both are to be called by a task. It returns the same as `current_token` does now, and on
     another event loop something else.
     """
     # With trio about it may be a guest of the same asyncio loop.
-    return here if "trio" in _modules else _get_running_loop
+    return current_token if "trio" in _modules else _get_running_loop
 
 
 # The event loop holds its tasks by weak references only.
 _background: set[AsyncioTask[None]] = set()
 
 
-def start_in_background(
+def start_background_task(
     work: Callable[[], Coroutine[Any, Any, None]], name: str, end: Callable[[], None]
 ) -> None:
     """Run `work` in a task of the running event loop that belongs to no other task.
@@ -445,41 +445,41 @@ def start_in_background(
     task.add_done_callback(lambda _: end())
 
 
-def has_ended(loop: object) -> bool:
-    """Tell whether `loop`, which `here` returned once, will never run a task again."""
+def loop_ended(loop: object) -> bool:
+    """Tell whether `loop`, which `current_token` returned once, will never run a task again."""
     try:
         if isinstance(loop, AbstractEventLoop):
             return loop.is_closed()
         token: Any = loop
-        token.run_sync_soon(_ring_nobody)
+        token.run_sync_soon(_noop)
     except RuntimeError:
         return True
     return False
 
 
-def _ring_nobody() -> None:
+def _noop() -> None:
     pass
 
 
-async def outlast(done: Callable[[], bool], sleepers: list[Sleeper]) -> None:
+async def wait_shielded(done: Callable[[], bool], waiters: list[Waiter]) -> None:
     """Wait until ``done()``, whoever cancels this; a cancellation is raised afterwards.
 
-    :param sleepers: to whom a sleeper is added before `done` is asked; to be woken when it has
+    :param waiters: to whom a waiter is added before `done` is asked; to be woken when it has
         become true
     """
     cancellation: BaseException | None = None
     with CancelScope(shield=True):
         while True:
-            sleeper = task_sleeper()
-            sleepers.append(sleeper)
+            waiter = task_waiter()
+            waiters.append(waiter)
             if done():
                 try:
-                    sleepers.remove(sleeper)
+                    waiters.remove(waiter)
                 except ValueError:
                     pass  # it is being woken just now
                 break
             try:
-                await sleeper
+                await waiter
             except GeneratorExit:
                 raise  # nobody runs us any more, so we can't wait
             except BaseException as error:  # a native one, which no shield holds off
@@ -498,17 +498,17 @@ def checkpoint() -> Awaitable[None]:
     """
     lowlevel = _running_trio()
     if lowlevel is not None:
-        if _critical:
-            protect()
+        if _ki_protected:
+            enable_ki_protection()
         awaitable: Awaitable[None] = lowlevel.checkpoint()
         return awaitable
     # A hint is enough: nothing is lost if somebody who runs this by hand is not told so.
     if not _seems_to_run() and _get_running_loop() is None:
         raise _no_event_loop()
-    return _TURN_OF_THE_LOOP
+    return _YIELD_ONCE
 
 
-class _TurnOfTheLoop:
+class _YieldOnce:
     """What ``asyncio.sleep(0)`` awaits; without its coroutine."""
 
     __slots__ = ()
@@ -517,7 +517,7 @@ class _TurnOfTheLoop:
         yield
 
 
-_TURN_OF_THE_LOOP = _TurnOfTheLoop()
+_YIELD_ONCE = _YieldOnce()
 
 
 def _running_trio() -> Any:

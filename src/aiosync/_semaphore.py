@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import SemaphoreStatistics, WouldBlock
 
-from ._errors import NotCopied, check_count, patience
+from ._errors import NotCopied, check_count, normalize_timeout
 from ._handoff import HandoffQueue
-from ._park import checkpoint, critical, task_sleeper, thread_sleeper
+from ._park import checkpoint, ki_protected, task_waiter, thread_waiter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from types import TracebackType
 
-    from ._park import Sleeper
+    from ._park import Waiter
 
 # All permits are equal. A permit is True, so that taking one is at once the answer of `acquire`.
 _PERMIT = True
@@ -52,17 +52,17 @@ class Semaphore(NotCopied):
         "_fast_acquire",
         "_items",
         "_line",
-        "_new_sleeper",
+        "_new_waiter",
         "_queue",
     )
 
     def __init__(self, value: int = 1, *, fast_acquire: bool = False) -> None:
         queue: HandoffQueue[bool] = HandoffQueue()
-        queue.put_equal(_PERMIT, _check_permits("value", value, 0))
-        self._share(queue, fast_acquire, task_sleeper)
+        queue.put_many(_PERMIT, _check_permits("value", value, 0))
+        self._share(queue, fast_acquire, task_waiter)
 
     def _share(
-        self, queue: HandoffQueue[bool], fast_acquire: bool, new_sleeper: Callable[[], Sleeper]
+        self, queue: HandoffQueue[bool], fast_acquire: bool, new_waiter: Callable[[], Waiter]
     ) -> None:
         self._queue = queue
         # The queue's own, for the common path: to go through the queue makes it half as long again.
@@ -72,15 +72,15 @@ class Semaphore(NotCopied):
         # True if `acquire` may not simply take a free permit: while somebody waits, or always if it
         # has to make a checkpoint. One truth test for both.
         self._detour = queue.line if fast_acquire else True
-        self._new_sleeper = new_sleeper
+        self._new_waiter = new_waiter
 
     def _for_threads(self) -> Semaphore:
         """Return a semaphore with the same state whose `acquire` blocks the thread that runs it."""
         twin = object.__new__(Semaphore)
-        twin._share(self._queue, True, thread_sleeper)
+        twin._share(self._queue, True, thread_waiter)
         return twin
 
-    @critical
+    @ki_protected
     async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Take a permit, waiting in line for one if there is none free.
 
@@ -109,7 +109,7 @@ class Semaphore(NotCopied):
                 if self._items or self._queue.reserves:
                     # Free all the same: who is in line has been granted one, and has not run yet.
                     return await self._acquire_slowly(True, None)
-                return await self._queue.wait(self._new_sleeper(), None, False)
+                return await self._queue.wait(self._new_waiter(), None, False)
             try:
                 self._items.pop()
             except IndexError:
@@ -126,17 +126,17 @@ class Semaphore(NotCopied):
         except IndexError:
             return await self._acquire_slowly(True, None)
 
-    @critical
+    @ki_protected
     def _acquire_slowly(self, blocking: bool, timeout: float | None) -> Coroutine[Any, Any, bool]:
         """Return what `acquire` has to await, at once."""
         if timeout is not None or not blocking:
-            timeout = patience(blocking, timeout)
-        acquired = self._queue.take_or(False)
+            timeout = normalize_timeout(blocking, timeout)
+        acquired = self._queue.get_nowait(False)
         if acquired or timeout == 0:
             return self._answer(acquired)
-        return self._queue.wait(self._new_sleeper(), timeout, False)
+        return self._queue.wait(self._new_waiter(), timeout, False)
 
-    @critical
+    @ki_protected
     async def _answer(self, acquired: bool) -> bool:
         if not self._fast_acquire:
             try:
@@ -147,7 +147,7 @@ class Semaphore(NotCopied):
                 raise
         return acquired
 
-    @critical
+    @ki_protected
     def acquire_nowait(self) -> None:
         """Take a permit if one is free and nobody is waiting for it.
 
@@ -156,10 +156,10 @@ class Semaphore(NotCopied):
 
         :raises anyio.WouldBlock: if there is none
         """
-        if not self._queue.take_or(False):
+        if not self._queue.get_nowait(False):
             raise WouldBlock
 
-    @critical
+    @ki_protected
     def release(self, n: int = 1) -> None:
         """Give back `n` permits: the first `n` in line get one each, the rest are free.
 
@@ -174,15 +174,15 @@ class Semaphore(NotCopied):
         if n == 1:
             self._items.append(True)  # a permit; a constant, unlike the name of one
             if self._line:
-                self._queue.match()
+                self._queue.dispatch()
         else:
-            self._queue.put_equal(_PERMIT, _check_permits("n", n, 1))
+            self._queue.put_many(_PERMIT, _check_permits("n", n, 1))
 
     def __aenter__(self) -> Coroutine[Any, Any, bool]:
         """Do what ``acquire()`` does."""
         return self.acquire()
 
-    @critical
+    @ki_protected
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
@@ -232,11 +232,11 @@ class BoundedSemaphore(Semaphore):
 
     def _for_threads(self) -> BoundedSemaphore:
         twin = object.__new__(BoundedSemaphore)
-        twin._share(self._queue, True, thread_sleeper)
+        twin._share(self._queue, True, thread_waiter)
         twin._held = self._held
         return twin
 
-    @critical
+    @ki_protected
     async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """See `Semaphore.acquire`."""
         # The common path stands here again: to await the one of the base class takes half as
@@ -254,13 +254,13 @@ class BoundedSemaphore(Semaphore):
             self._held.append(_PERMIT)
         return acquired
 
-    @critical
+    @ki_protected
     def acquire_nowait(self) -> None:
         """See `Semaphore.acquire_nowait`."""
         super().acquire_nowait()
         self._held.append(_PERMIT)
 
-    @critical
+    @ki_protected
     def release(self, n: int = 1) -> None:
         """See `Semaphore.release`; releases all of `n` or nothing.
 
@@ -278,9 +278,9 @@ class BoundedSemaphore(Semaphore):
             raise _released_too_often(1, 0) from None
         self._items.append(_PERMIT)
         if self._line:
-            self._queue.match()
+            self._queue.dispatch()
 
-    @critical
+    @ki_protected
     def _claim(self, n: int) -> None:
         """Remove `n` entries from `_held`, or none and raise ValueError."""
         held = self._held

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .._errors import NotCopied
-from .._park import critical
+from .._park import ki_protected
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -35,7 +35,7 @@ class Borrowing(NotCopied, Generic[T]):
         self._entered = False
         self._record: Record[T] | None = None
 
-    @critical
+    @ki_protected
     async def _borrow(self, acquire: Coroutine[Any, Any, T]) -> T:
         if self._entered:
             acquire.close()
@@ -53,7 +53,7 @@ class Borrowing(NotCopied, Generic[T]):
             self._use = record.uses
         return connection
 
-    @critical
+    @ki_protected
     def _give_back(self) -> None:
         self._entered = False
         record, self._record = self._record, None
@@ -78,7 +78,7 @@ class Checkout(Borrowing[T]):
         """
         return self._borrow(self._pool.acquire(self._timeout))
 
-    @critical
+    @ki_protected
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,

@@ -22,16 +22,16 @@ from .._errors import (
     check_timeout,
 )
 from .._park import (
-    at_most,
     checkpoint,
     clock,
-    critical,
-    has_ended,
-    here,
+    current_token,
+    ki_protected,
     locate,
-    outlast,
-    task_sleeper,
-    thread_sleeper,
+    loop_ended,
+    task_waiter,
+    thread_waiter,
+    wait_shielded,
+    wait_with_timeout,
 )
 from ._borrowing import Checkout
 from ._keeper import Keeper
@@ -222,7 +222,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         self._popped: dict[str, int] = {}
         self._lifo = lifo
         # What tells whether `_home` is running on this thread; see `locate`.
-        self._where: Callable[[], object] = here
+        self._where: Callable[[], object] = current_token
         self._home: object = None
         self._clock: Callable[[], float] = monotonic
 
@@ -237,7 +237,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         if self._state is not _NEW:
             raise PoolClosed(f"{self.name} can be opened only once; make a new pool")
         self._clock = self._keeper.clock = clock()
-        self._home = here()
+        self._home = current_token()
         self._where = locate()
         self._state = _OPEN
         _open_pools.add(self)
@@ -262,14 +262,14 @@ class ConnectionPool(NotCopied, Generic[T]):
         self._state = _CLOSED
         self._idle.close(self._keeper.closed)
         self._keeper.post(self._keeper.stop)
-        if not self._keeper.finished and has_ended(self._home):
+        if not self._keeper.finished and loop_ended(self._home):
             raise RuntimeError(
                 f"the event loop of {self.name} has ended without closing the pool; "
                 f"it is too late to close its connections"
             )
         if get_current_task().id in self._keeper.tasks:
             return  # called by a function of ours, whose end the keeper waits for
-        await outlast(lambda: self._keeper.finished, self._keeper.leavers)
+        await wait_shielded(lambda: self._keeper.finished, self._keeper.leavers)
         if self._keeper.crash is not None:
             raise self._keeper.crash
 
@@ -295,7 +295,7 @@ class ConnectionPool(NotCopied, Generic[T]):
 
     # -- Borrowing.
 
-    @critical
+    @ki_protected
     async def acquire(self, timeout: float | None = None) -> T:
         """Borrow a connection, waiting in line for one if need be. It has to be given to `release`.
 
@@ -331,7 +331,7 @@ class ConnectionPool(NotCopied, Generic[T]):
                 self._idle.lay_aside(record)
         return await self._take(timeout, True)
 
-    @critical
+    @ki_protected
     def acquire_nowait(self) -> T:
         """Borrow a connection that is idle. The same as ``acquire(0)``, without a checkpoint.
 
@@ -342,18 +342,18 @@ class ConnectionPool(NotCopied, Generic[T]):
         :raises PoolClosed: if the pool is not open
         :raises RuntimeError: if called on another event loop than the one that opened the pool
         """
-        if here() is not None:
+        if current_token() is not None:
             self._check_open()
         return self._grab()
 
-    @critical
+    @ki_protected
     def _grab(self) -> T:
         if self._idle.shut is not None:
             raise self._not_open()
         now = self._clock()
         record = self._idle.pick(now, False)
         if record is None:
-            if here() is None:
+            if current_token() is None:
                 self._check_loop()
             self._keeper.post(self._keeper.want)
             raise WouldBlock
@@ -366,7 +366,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         """
         return Checkout(self, timeout)
 
-    @critical
+    @ki_protected
     async def _take(self, timeout: float | None, is_task: bool) -> T:
         # All in one, because each coroutine that a waiter sleeps through costs it 3%.
         idle = self._idle
@@ -386,15 +386,15 @@ class ConnectionPool(NotCopied, Generic[T]):
         record = idle.pick(began, patient) if self._items or idle.dormant else None
         if record is None and patient:
             # Tasks end with their event loop, but nobody would tell a thread.
-            sleeper = task_sleeper() if is_task else thread_sleeper(self._check_loop)
+            waiter = task_waiter() if is_task else thread_waiter(self._check_loop)
             self._admit(is_task)
             try:
                 if deadline is None:
-                    found = await idle.wait(sleeper, timeout, None)
+                    found = await idle.wait(waiter, timeout, None)
                 else:
                     # Without a timer of our own, which is half of what it costs to wait.
                     self._keeper.watch(deadline)
-                    found = await idle.wait(sleeper, None, None, deadline)
+                    found = await idle.wait(waiter, None, None, deadline)
             except BaseException as error:
                 is_closed = isinstance(error, PoolClosed)  # see `_check_loop`
                 self._count_wait("requests_errors" if is_closed else "cancelled", began)
@@ -423,7 +423,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         self._keeper.post(self._keeper.want)
         raise self._keeper.ledger.too_late(timeout)
 
-    @critical
+    @ki_protected
     def _admit(self, is_task: bool) -> None:
         """Let somebody begin to wait.
 
@@ -446,7 +446,7 @@ class ConnectionPool(NotCopied, Generic[T]):
 
         :raises PoolClosed: if not
         """
-        if has_ended(self._home):
+        if loop_ended(self._home):
             raise PoolClosed(f"the event loop of {self.name} has ended, without closing the pool")
 
     def _count_wait(self, outcome: str, began: float) -> None:
@@ -456,7 +456,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         count("requests_queued")
         count("requests_wait_ms", 1000 * (self._clock() - began))
 
-    @critical
+    @ki_protected
     def _undo(self, record: Record[T]) -> None:
         """Put back an idle connection that was taken, but not lent."""
         now = self._clock()
@@ -468,7 +468,7 @@ class ConnectionPool(NotCopied, Generic[T]):
             self._idle.dormant.append(record)
             self._idle.call_keeper()
 
-    @critical
+    @ki_protected
     def _lend(self, record: Record[T], now: float) -> T:
         connection: Any = record.connection
         if self._state is _FORKED:  # it was granted by the parent
@@ -485,7 +485,7 @@ class ConnectionPool(NotCopied, Generic[T]):
             self._idle.call_keeper()  # the pool is being closed, and looks for it
         return connection  # type: ignore[no-any-return]
 
-    @critical
+    @ki_protected
     def release(self, connection: T) -> None:
         """Give back a connection: the first in line gets it, or it is idle.
 
@@ -513,11 +513,11 @@ class ConnectionPool(NotCopied, Generic[T]):
             # The same as `IdleQueue.put`, without the call.
             self._items.append(record)
             if self._line:
-                self._idle.match()
+                self._idle.dispatch()
         else:
             self._idle.put(record)
 
-    @critical
+    @ki_protected
     def discard(self, connection: T) -> None:
         """Give back a connection that is of no use any more. It is closed, and replaced.
 
@@ -608,12 +608,12 @@ class ConnectionPool(NotCopied, Generic[T]):
     async def _hear(self, timeout: float | None) -> None:
         """Sleep until the keeper has something to tell; or it may not be so."""
         keeper = self._keeper
-        sleeper = task_sleeper()
-        keeper.expectant.append(sleeper)
+        waiter = task_waiter()
+        keeper.expectant.append(waiter)
         try:
-            await (sleeper if timeout is None else at_most(sleeper, timeout))
+            await (waiter if timeout is None else wait_with_timeout(waiter, timeout))
         finally:
-            keeper.expectant.remove(sleeper)
+            keeper.expectant.remove(waiter)
 
     # -- Telling.
 

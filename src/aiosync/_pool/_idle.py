@@ -12,14 +12,14 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union
 
 from .._handoff import HandoffQueue
-from .._park import critical
+from .._park import ki_protected
 from ._records import NEVER, Failure, Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .._handoff import Claim
-    from .._park import Sleeper
+    from .._park import Waiter
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
     """Idle connections that may be handed out as they are, and those that may not.
 
     While it is shut every waiter is handed the reason, and `line` has an entry of its own: so
-    nobody takes the common path, and whoever puts a connection in calls `match`.
+    nobody takes the common path, and whoever puts a connection in calls `dispatch`.
     """
 
     __slots__ = ("call_keeper", "dormant", "hand_over", "lifo", "max_idle", "room", "shut")
@@ -62,14 +62,14 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
         self.shut = None
         self.line.pop()
 
-    @critical
+    @ki_protected
     def close(self, reason: Failure) -> None:
         """Serve nobody from now on. Those who wait are told so before this returns."""
         self.shut = reason
         self.line.append(None)
-        self.match()
+        self.dispatch()
 
-    @critical
+    @ki_protected
     def put(self, item: Record[T] | Failure, first: bool = False) -> None:
         """Let somebody have `item`.
 
@@ -87,49 +87,49 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
         else:
             self.items.appendleft(item)
         if self.line:
-            self.match()
+            self.dispatch()
 
-    @critical
+    @ki_protected
     def give_back(self, item: Record[T] | Failure) -> None:
         if isinstance(item, Record):  # a failure is of no use to those who come later
             self.items.append(item)
 
-    @critical
-    def join(self, waiter: Sleeper, claim: Claim) -> None:
+    @ki_protected
+    def join(self, waiter: Waiter, claim: Claim) -> None:
         self.waiters[waiter] = claim
         if self.items or self.shut is not None:
-            self.match()
+            self.dispatch()
         if self.room or self.dormant:
             self.call_keeper()
 
-    @critical
-    def match(self) -> None:
-        super().match()
+    @ki_protected
+    def dispatch(self) -> None:
+        super().dispatch()
         reason = self.shut
         if reason is not None:
             while self.waiters:
                 self.fail(reason)
             self.call_keeper()
 
-    @critical
+    @ki_protected
     def fail(self, failure: Failure) -> None:
         """Hand `failure` to all who wait."""
         self.items.extend([failure] * len(self.waiters))
-        super().match()
+        super().dispatch()
         try:
             while True:
                 self.items.remove(failure)
         except ValueError:
             pass
 
-    @critical
+    @ki_protected
     def pick(self, now: float, patient: bool) -> Record[T] | None:
         """Take an idle connection; None if there is none that may be handed out.
 
         :param patient: whether the caller will wait for one that has to be checked before
         """
         while True:
-            item = self.take_or(None)
+            item = self.get_nowait(None)
             if item is None:
                 break
             if isinstance(item, Failure):
@@ -161,7 +161,7 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
             self.call_keeper()
         return found
 
-    @critical
+    @ki_protected
     def pop_dormant(self) -> Record[T]:
         """Take the one that is next.
 
@@ -179,7 +179,7 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
                 raise IndexError
             return record
 
-    @critical
+    @ki_protected
     def lay_aside(self, record: Record[T]) -> None:
         """Keep an idle connection that may not be handed out as it is."""
         self.dormant.append(record)

@@ -27,7 +27,7 @@ from anyio import (
 )
 
 from .._handoff import HandoffQueue
-from .._park import critical, start_in_background, task_sleeper, wake_all
+from .._park import ki_protected, start_background_task, task_waiter, wake_all
 from ._idle import IdleQueue
 from ._ledger import Ledger, describe, log
 from ._records import (
@@ -41,7 +41,7 @@ from ._records import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .._park import Sleeper
+    from .._park import Waiter
     from ._face import ConnectionPool
     from ._settings import Settings
 
@@ -123,8 +123,8 @@ class Keeper(Generic[T]):
         # Those that were closed while borrowed, until their borrowers give them back.
         self.forced: dict[int, T] = {}
         # Those who wait until there are `min_size` connections, and until all is over.
-        self.expectant: list[Sleeper] = []
-        self.leavers: list[Sleeper] = []
+        self.expectant: list[Waiter] = []
+        self.leavers: list[Waiter] = []
         # One entry for each task that has not ended, the main one included.
         self.children: set[object] = set()
         # Those that are running, by their ids.
@@ -137,25 +137,25 @@ class Keeper(Generic[T]):
 
     # -- From any thread, but for `watch`.
 
-    @critical
+    @ki_protected
     def post(self, job: Callable[[], object]) -> None:
         """Have `job` called, and then those seen to who wait, on the loop of the pool."""
         self.mailbox.items.appendleft(job)
         if self.mailbox.line:
-            self.mailbox.match()
+            self.mailbox.dispatch()
 
-    @critical
+    @ki_protected
     def call(self) -> None:
         """See to who waits."""
         self.post(_nothing)
 
-    @critical
+    @ki_protected
     def hand_over(self, record: Record[T], step: Literal["check", "reset"]) -> None:
         """See to a connection that nobody has, and that can't simply go to the next."""
         self.coming.append(record)
         self.post(partial(self._take_over, record, step))
 
-    @critical
+    @ki_protected
     def collected(self, record: Record[T], _: object) -> None:
         """Take note that nobody has the connection any more. Called by Python."""
         self.lent.pop(record.key, None)
@@ -217,11 +217,11 @@ class Keeper(Generic[T]):
 
     async def _turn(self, due: float) -> None:
         """Wait for a job, or until `due`; then do all jobs there are."""
-        patience = None if due == ALWAYS else max(0.0, due - self.clock())
-        job = await self.mailbox.wait(task_sleeper(), patience, None)
+        normalize_timeout = None if due == ALWAYS else max(0.0, due - self.clock())
+        job = await self.mailbox.wait(task_waiter(), normalize_timeout, None)
         while job is not None:
             job()
-            job = self.mailbox.take_or(None)
+            job = self.mailbox.get_nowait(None)
 
     def look(self) -> None:
         """Have each connection looked at, when the jobs are done."""
@@ -375,7 +375,7 @@ class Keeper(Generic[T]):
         key = object()
         name = self.settings.name + (f" {work.__name__}" if self.children else "")
         self.children.add(key)
-        start_in_background(run, name, end)
+        start_background_task(run, name, end)
 
     async def _call(self, hook: Callable[..., Any], *args: object) -> Any:
         if self.is_orphan:

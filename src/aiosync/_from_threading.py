@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any, Union, overload
 
 from anyio import CancelScope
 
-from ._errors import NotCopied, check_timeout, patience
+from ._errors import NotCopied, check_timeout, normalize_timeout
 from ._handoff import HandoffQueue
-from ._park import at_most, checkpoint, deserted, outlast, task_sleeper, wake_all
+from ._park import checkpoint, is_abandoned, task_waiter, wait_shielded, wait_with_timeout, wake_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from types import TracebackType
 
     from ._handoff import Claim
-    from ._park import Sleeper
+    from ._park import Waiter
 
 # How long a helper blocks in a foreign object, in seconds: first, and at most. Each time in vain it
 # stays twice as long, since whoever waits there loses its place in line by looking around. A task
@@ -42,7 +42,7 @@ class _Helper(HandoffQueue[Union[bool, BaseException]]):
     What was got, or what went wrong, is handed over; nothing stays in the queue if nobody waits.
     """
 
-    __slots__ = ("_give_back", "_lock", "_out", "_sleepers", "_try")
+    __slots__ = ("_give_back", "_lock", "_out", "_try", "_waiters")
 
     def __init__(self, try_for: Callable[[float], object], give_back: Callable[[], object]) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _Helper(HandoffQueue[Union[bool, BaseException]]):
         # Whether no helper is running.
         self._out = True
         # Those who wait for the helper to come out of the foreign object.
-        self._sleepers: list[Sleeper] = []
+        self._waiters: list[Waiter] = []
 
     async def get(self, timeout: float | None) -> bool:
         """Wait in line for what the helper gets; False if the time is over.
@@ -62,7 +62,7 @@ class _Helper(HandoffQueue[Union[bool, BaseException]]):
         When this returns False or raises, the helper has come out of the foreign object, unless
         others still wait.
         """
-        waiter = task_sleeper()
+        waiter = task_waiter()
         try:
             got = await self.wait(waiter, timeout, False)
         except GeneratorExit:
@@ -76,7 +76,7 @@ class _Helper(HandoffQueue[Union[bool, BaseException]]):
             await self._come_out()
         return got
 
-    def join(self, waiter: Sleeper, claim: Claim) -> None:
+    def join(self, waiter: Waiter, claim: Claim) -> None:
         super().join(waiter, claim)
         self._send()
 
@@ -91,7 +91,7 @@ class _Helper(HandoffQueue[Union[bool, BaseException]]):
         while not self._stop():
             try:
                 for waiter in list(self.waiters):
-                    if deserted(waiter):
+                    if is_abandoned(waiter):
                         self.waiters.pop(waiter, None)
                 if self._try(moment):
                     self.put(True)
@@ -107,14 +107,14 @@ class _Helper(HandoffQueue[Union[bool, BaseException]]):
             if self.waiters:
                 return False
             self._out = True
-        while self._sleepers:
-            wake_all([self._sleepers.pop()])
+        while self._waiters:
+            wake_all([self._waiters.pop()])
         return True
 
     def put(self, item: bool | BaseException) -> None:
         """Hand what was got to the oldest who waits, or back."""
         super().put(item)
-        while left := self.take_or(False):
+        while left := self.get_nowait(False):
             if left is True:
                 try:
                     self._give_back()
@@ -123,7 +123,7 @@ class _Helper(HandoffQueue[Union[bool, BaseException]]):
 
     async def _come_out(self) -> None:
         """Wait until no helper is inside the foreign object, unless others wait for it."""
-        await outlast(self._is_out, self._sleepers)
+        await wait_shielded(self._is_out, self._waiters)
 
     def _is_out(self) -> bool:
         with self._lock:
@@ -168,7 +168,7 @@ class _Acquirable(_View):
         :raises TypeError: if `timeout` is no number
         :raises anyio.NoEventLoopError: if not run by asyncio or trio
         """
-        timeout = patience(blocking, timeout)
+        timeout = normalize_timeout(blocking, timeout)
         acquired = not self._helper.waiters and self._owned.acquire(False)
         if not acquired and timeout != 0:
             return await self._helper.get(timeout)
@@ -229,11 +229,11 @@ class TaskLock(_Acquirable):
 class _Vigil:
     """What the helper of an event and those who wait for it have in common."""
 
-    __slots__ = ("over", "sleepers")
+    __slots__ = ("over", "waiters")
 
     def __init__(self) -> None:
         self.over = False
-        self.sleepers: dict[Sleeper, None] = {}
+        self.waiters: dict[Waiter, None] = {}
 
 
 class TaskEvent(_View):
@@ -261,24 +261,24 @@ class TaskEvent(_View):
         :raises ValueError: if `timeout` is NaN
         :raises anyio.NoEventLoopError: if not run by asyncio or trio
         """
-        timeout = patience(True, timeout)
+        timeout = normalize_timeout(True, timeout)
         is_set = bool(self._owned.is_set())
         if is_set or timeout == 0:
             await checkpoint()
             return is_set
-        sleeper = task_sleeper()
+        waiter = task_waiter()
         with self._lock:
             vigil = self._vigil
             if vigil is None:
                 vigil = _Vigil()
                 _start(lambda: self._keep(vigil))
                 self._vigil = vigil
-            vigil.sleepers[sleeper] = None
+            vigil.waiters[waiter] = None
         try:
-            await (sleeper if timeout is None else at_most(sleeper, timeout))
+            await (waiter if timeout is None else wait_with_timeout(waiter, timeout))
         finally:
             with self._lock:
-                vigil.sleepers.pop(sleeper, None)
+                vigil.waiters.pop(waiter, None)
         return vigil.over
 
     def _keep(self, vigil: _Vigil) -> None:
@@ -286,14 +286,14 @@ class TaskEvent(_View):
         # waits an event that is set and cleared at once might be missed.
         while not self._owned.wait(_WHILE):
             with self._lock:
-                if all(map(deserted, vigil.sleepers)):
+                if all(map(is_abandoned, vigil.waiters)):
                     self._vigil = None
                     return
         with self._lock:
             self._vigil = None
             vigil.over = True
-            sleepers = list(vigil.sleepers)
-        wake_all(sleepers)
+            waiters = list(vigil.waiters)
+        wake_all(waiters)
 
     def is_set(self) -> bool:
         """Tell whether the event is set."""
@@ -332,7 +332,7 @@ class TaskBarrier(_View):
         """
         if timeout is not None and check_timeout(timeout) is None:
             timeout = threading.TIMEOUT_MAX  # for ever; None would mean the barrier's own
-        sleeper = task_sleeper()
+        waiter = task_waiter()
         outcome: list[int | BaseException] = []
 
         def arrive() -> None:
@@ -340,24 +340,24 @@ class TaskBarrier(_View):
                 outcome.append(self._owned.wait(timeout))
             except BaseException as error:
                 outcome.append(error)
-            wake_all([sleeper])
+            wake_all([waiter])
 
         _start(arrive)
         try:
-            await sleeper
+            await waiter
         except GeneratorExit:
             # Nobody runs us any more, so we can't wait.
             _start(lambda: self._call_back(outcome))
             raise
         except BaseException:
             with CancelScope(shield=True):
-                sleeper = task_sleeper()
+                waiter = task_waiter()
                 try:
-                    _start(lambda: self._call_back(outcome, sleeper))
+                    _start(lambda: self._call_back(outcome, waiter))
                 except RuntimeError:  # there are too many threads
                     self._call_back(outcome)
                 else:
-                    await sleeper
+                    await waiter
             raise
         found = outcome.pop()
         try:
@@ -367,7 +367,7 @@ class TaskBarrier(_View):
         finally:
             del found  # or else an error would keep itself, by its traceback
 
-    def _call_back(self, outcome: list[int | BaseException], *sleepers: Sleeper) -> None:
+    def _call_back(self, outcome: list[int | BaseException], *waiters: Waiter) -> None:
         """Abort the barrier, unless it has let our thread pass, until that has come out of it.
 
         By a thread of its own: an action that is running holds the lock of the barrier.
@@ -381,7 +381,7 @@ class TaskBarrier(_View):
             # the round has tripped, and lets its parties out; or our thread is yet to arrive.
             if not outcome and 0 < self._owned.n_waiting < self._owned.parties:
                 self._owned.abort()
-        wake_all(sleepers)
+        wake_all(waiters)
 
     def abort(self) -> None:
         """Break the barrier. Waits for an action that is running. See `threading.Barrier.abort`."""

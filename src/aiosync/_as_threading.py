@@ -1,8 +1,8 @@
 """as_threading: the API of `threading` over the objects that tasks share.
 
 What must live here: views, which hold no state of their own. A view runs the very code that tasks
-run, on the thread that calls, with another kind of sleeper; see `_park.run_in_thread`. The way
-back, for objects that threads own, is in `_legacy`.
+run, on the thread that calls, with another kind of waiter; see `_park.run_in_thread`. The way
+back, for objects that threads own, is in `_from_threading`.
 """
 
 from __future__ import annotations

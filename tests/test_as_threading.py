@@ -30,7 +30,7 @@ from helpers import PATIENCE, Aim, InThread, Places, spin_until, until, until_as
 
 import aiosync
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore, as_threading
-from aiosync._park import ThreadSleeper, run_in_thread, thread_sleeper
+from aiosync._park import ThreadWaiter, run_in_thread, thread_waiter
 
 pytestmark = pytest.mark.anyio
 
@@ -1222,13 +1222,13 @@ def test_a_round_may_trip_just_as_a_party_that_was_too_late_to_give_up_lies_down
         last.append(InThread(as_threading(barrier).wait))
         assert acting.wait(PATIENCE)
 
-    def new_sleeper() -> ThreadSleeper:
+    def new_waiter() -> ThreadWaiter:
         go.set()
         assert last[0].result() == 1
-        return thread_sleeper()
+        return thread_waiter()
 
     barrier._rounds.latest.places = Places(barrier._rounds.latest.places, come_last)
     twin = barrier._for_threads()
-    twin._new_sleeper = new_sleeper
+    twin._new_waiter = new_waiter
     assert run_in_thread(twin.wait(0)) == 0
     assert not barrier.broken
