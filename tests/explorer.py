@@ -262,7 +262,10 @@ _QUIET = frozenset(
         _park.run_in_thread.__code__,
         _park.thread_waiter.__code__,
         # Atomic, as it promises, if it is in use at all.
-        *(getattr(_handoff._Locked, name).__code__ for name in ("__setitem__", "pop", "popitem")),
+        *(
+            getattr(_handoff._LockedDict, name).__code__
+            for name in ("__setitem__", "pop", "popitem")
+        ),
     ]
 )
 
@@ -731,7 +734,7 @@ def _stage() -> Iterator[_Stage]:
     with (
         patch.object(_park, "allocate_lock", lambda: _Bell(stage)),
         # The step that it makes of several is one anyway for who can't be stopped within.
-        patch.object(_handoff, "_restocking", nullcontext()),
+        patch.object(_handoff, "_bulk_lock", nullcontext()),
     ):
         stage.open()
         try:

@@ -182,10 +182,10 @@ class Limit:
     def troubles(self) -> list[str]:
         """Return what is wrong, if nobody uses it."""
         queue = self.semaphore._queue
-        if self.semaphore.value != self.permits or queue.waiters or queue.line or self.holders:
+        if self.semaphore.value != self.permits or queue.waiters or queue.granted or self.holders:
             return [
                 f"{self.semaphore!r} of {self.permits} permits, held by {self.holders}; stale are "
-                f"{len(queue.waiters)} waiters and {len(queue.line)} entries in the line"
+                f"{len(queue.waiters)} waiters and {len(queue.granted)} grants"
             ]
         taken = 0
         try:
@@ -468,7 +468,7 @@ class Host:
             **{name: stats[name] for name in ("in_use", "connecting", "requests_waiting")},
             "not idle": stats["pool_size"] - stats["pool_available"],
             "not closed": len(self.open) - stats["pool_size"],
-            "in line": len(self.pool._idle.line),
+            "granted": len(self.pool._idle.granted),
         }
         return [f"{self.pool!r} is not at rest: {stale}"] if any(stale.values()) else []
 
@@ -784,7 +784,7 @@ class Soak:
         """Ask everything how it is."""
         for limit in self.limits:
             assert repr(limit.semaphore)
-            assert limit.semaphore.statistics().tasks_waiting >= 0
+            assert limit.semaphore.statistics().waiting >= 0
             assert 0 <= limit.semaphore.value <= limit.permits
             limit.semaphore.locked()
         for meeting in self.meetings:
@@ -1010,7 +1010,7 @@ class Soak:
         """See who waits, and whether anybody has failed."""
         time.sleep(0.005)
         waiting = [
-            *(limit.semaphore.statistics().tasks_waiting for limit in self.limits),
+            *(limit.semaphore.statistics().waiting for limit in self.limits),
             *(meeting.barrier.n_waiting for meeting in self.meetings),
             *(host.pool.get_stats()["requests_waiting"] for host in self.hosts),
         ]

@@ -100,7 +100,7 @@ def fast_switches() -> Iterator[None]:
 
 
 def waiting(semaphore: Semaphore) -> int:
-    return semaphore.statistics().tasks_waiting
+    return semaphore.statistics().waiting
 
 
 def assert_free(semaphore: Semaphore, value: int) -> None:

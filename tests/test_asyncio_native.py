@@ -50,7 +50,7 @@ class TestSemaphore:
         [outcome] = await finish(task)
         assert is_cancelled(outcome)
         semaphore.release()
-        assert (semaphore.value, semaphore.statistics().tasks_waiting) == (1, 0)
+        assert (semaphore.value, semaphore.statistics().waiting) == (1, 0)
 
     @kinds
     @timeouts
@@ -68,7 +68,7 @@ class TestSemaphore:
         assert is_cancelled(outcomes[0])
         assert is_cancelled(outcomes[1])
         assert outcomes[2] is True
-        assert (semaphore.value, semaphore.statistics().tasks_waiting) == (0, 0)
+        assert (semaphore.value, semaphore.statistics().waiting) == (0, 0)
         semaphore.release()
         assert semaphore.value == 1
 
@@ -77,7 +77,7 @@ class TestSemaphore:
         semaphore = kind(1)
         task = asyncio.get_running_loop().create_task(semaphore.acquire())
         waiter = await start(semaphore.acquire())
-        assert (semaphore.value, semaphore.statistics().tasks_waiting) == (0, 1)
+        assert (semaphore.value, semaphore.statistics().waiting) == (0, 1)
         task.cancel()
         outcomes = await finish(task, waiter)
         assert is_cancelled(outcomes[0])

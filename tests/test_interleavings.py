@@ -30,7 +30,7 @@ from aiosync import (
     as_threading,
 )
 from aiosync._barrier import _Round, _Rounds
-from aiosync._handoff import HandoffQueue, new_claim
+from aiosync._handoff import HandoffQueue
 from aiosync._park import run_in_thread, thread_waiter
 from aiosync._pool._idle import IdleQueue
 from aiosync._pool._records import ALWAYS, Failure, Record
@@ -48,7 +48,7 @@ def settled(semaphore: Semaphore, free: int) -> None:
     queue = semaphore._queue
     assert semaphore.value == free, f"{semaphore.value} permits are free, not {free}"
     assert not queue.waiters, "a stale waiter"
-    assert not queue.line, "a stale entry in the line"
+    assert not queue.granted, "an item for a waiter that has left"
 
 
 def acquire_against_release() -> Plan:
@@ -89,7 +89,7 @@ def two_acquires_and_one_release() -> Plan:
         assert len(got) == 1
         assert blocked == [1 - got[0]]
         assert semaphore.value == 0
-        assert len(semaphore._queue.waiters) == len(semaphore._queue.line) == 1
+        assert len(semaphore._queue.waiters) == 1
 
     return Plan([first, second, release], check, may_block=True)
 
@@ -588,9 +588,9 @@ def three_threads_in_rounds_of_two_and_abort() -> Plan:
 # -- The queue on its own.
 
 
-def empty(queue: HandoffQueue[Any], lines: int = 0) -> None:
+def empty(queue: HandoffQueue[Any]) -> None:
     assert not queue.waiters, "a stale waiter"
-    assert len(queue.line) == lines, "a stale entry in the line"
+    assert not queue.granted, "an item for a waiter that has left"
 
 
 def put_against_take_or() -> Plan:
@@ -608,6 +608,28 @@ def put_against_take_or() -> Plan:
         empty(queue)
 
     return Plan([put, take], check)
+
+
+def put_many_against_get_nowait_with_a_waiter() -> Plan:
+    queue: HandoffQueue[bool] = HandoffQueue()
+    got: list[str] = []
+
+    def wait() -> None:
+        run_in_thread(queue.wait(thread_waiter(), None, False))
+        got.append("waiter")
+
+    def put() -> None:
+        queue.put_many(True, 1)
+
+    def snatch() -> None:
+        if queue.get_nowait(False):
+            got.append("newcomer")
+
+    def check(_: list[int]) -> None:
+        assert got == ["waiter"]
+        empty(queue)
+
+    return Plan([wait, put, snatch], check, parked=1)
 
 
 def put_against_join() -> Plan:
@@ -631,27 +653,45 @@ def put_against_join() -> Plan:
 def put_against_leave() -> Plan:
     """A cancellation against a grant: `leave` is all that who is cancelled does."""
     queue: HandoffQueue[str] = HandoffQueue()
-    claim = new_claim()
-    left: list[bool] = []
+    left: list[str | None] = []
 
     def put() -> None:
         queue.put("item")
 
     def join_and_leave() -> None:
-        sleeper = thread_waiter()
-        queue.join(sleeper, claim)
-        left.append(queue.leave(sleeper, claim))
+        waiter = thread_waiter()
+        queue.join(waiter)
+        left.append(queue.leave(waiter))
 
     def check(_: list[int]) -> None:
-        if left == [True]:
-            assert list(queue.items) == ["item"]
-        else:
-            assert left == [False]
-            assert claim[0] == "item"
-            assert not queue.free()
+        assert (left, list(queue.items)) in (([None], ["item"]), (["item"], []))
         empty(queue)
 
     return Plan([put, join_and_leave], check)
+
+
+def put_against_leave_and_a_latecomer() -> Plan:
+    """The dispatcher finds the only waiter over, and puts the item back as another one joins."""
+    queue: HandoffQueue[str] = HandoffQueue()
+    got: list[str | None] = []
+
+    def wait_in_time() -> None:
+        got.append(run_in_thread(queue.wait(thread_waiter(), 5, None)))
+
+    def put() -> None:
+        queue.put("item")
+
+    def wait() -> None:
+        got.append(run_in_thread(queue.wait(thread_waiter(), None, None)))
+
+    def check(blocked: list[int]) -> None:
+        assert got.count("item") == 1
+        assert blocked == ([] if len(got) == 2 else [2])
+        assert not blocked or got == ["item"]
+        assert not queue.free()
+        assert not queue.granted
+
+    return Plan([wait_in_time, put, wait], check, parked=1, may_block=True)
 
 
 def put_against_leave_with_another_in_line() -> Plan:
@@ -696,9 +736,9 @@ def two_puts_against_two_waiters() -> Plan:
     return Plan([wait, wait_too, put], check)
 
 
-def two_takers_of_a_reserve() -> Plan:
+def two_takers_from_a_bulk() -> Plan:
     queue: HandoffQueue[bool] = HandoffQueue()
-    queue.reserves.append(repeat(True, 2))
+    queue.bulk.append(repeat(True, 2))
     got: list[bool] = []
 
     def take() -> None:
@@ -772,7 +812,7 @@ class Idle:
         everything = [*self.queue.items, *self.queue.dormant]
         assert self.reason not in everything, "a failure is left in the queue"
         assert len(everything) == idle, f"{len(everything)} connections are idle, not {idle}"
-        empty(self.queue, lines=1 if shut else 0)
+        empty(self.queue)
 
 
 def put_against_pick() -> Plan:
@@ -963,9 +1003,11 @@ SCENARIOS: list[Scenario] = [
     put_against_take_or,
     put_against_join,
     put_against_leave,
+    put_many_against_get_nowait_with_a_waiter,
+    put_against_leave_and_a_latecomer,
     put_against_leave_with_another_in_line,
     two_puts_against_two_waiters,
-    two_takers_of_a_reserve,
+    two_takers_from_a_bulk,
     expiry_against_grant,
     put_against_pick,
     put_against_a_borrower,
@@ -996,27 +1038,42 @@ JOIN_LOOKS_FIRST: list[Change] = [
     (
         HandoffQueue.join,
         [
-            ("        self.waiters[waiter] = claim\n", ""),
+            ("        self.waiters[waiter] = deadline\n", ""),
             (
                 "            self.dispatch()\n",
-                "            self.dispatch()\n        self.waiters[waiter] = claim\n",
+                "            self.dispatch()\n        self.waiters[waiter] = deadline\n",
             ),
         ],
     )
 ]
-LEAVE_DRAWS_NO_TICKET: list[Change] = [
-    (HandoffQueue.leave, [("ticket = claim.pop()", "ticket = claim[-1]")])
-]
-MATCH_WAKES_BEFORE_IT_FILLS_THE_CLAIM: list[Change] = [
+LEAVE_LOOKS_BEFORE_IT_IS_OVER: list[Change] = [
     (
-        HandoffQueue.dispatch,
+        HandoffQueue.leave,
         [
-            ("                claim[0] = item\n", ""),
             (
-                "                            pass\n",
-                "                            pass\n                        claim[0] = item\n",
+                "        item: T | None = end_wait(waiter)\n",
+                "        item = self.granted.pop(waiter, None)\n        end_wait(waiter)\n",
             ),
+            ("self.granted.pop(waiter, None) if item is None else item", "item"),
         ],
+    )
+]
+GRANT_WAKES_BEFORE_IT_PUBLISHES: list[Change] = [
+    (
+        HandoffQueue._grant,
+        [
+            ("        granted[waiter] = item\n", ""),
+            ("not wake(waiter):\n", "(not wake(waiter), granted.update({waiter: item}))[0]:\n"),
+        ],
+    )
+]
+GRANT_DOES_NOT_LOOK_AGAIN: list[Change] = [
+    (HandoffQueue._grant, [("if waiter.done() or not wake(waiter):", "if not wake(waiter):")])
+]
+GRANT_TAKES_BACK_WHAT_WAS_TAKEN: list[Change] = [
+    (
+        HandoffQueue._grant,
+        [("return granted.pop(waiter, None) is None", "return granted.pop(waiter, 0) is None")],
     )
 ]
 PUT_LOOKS_FIRST: list[Change] = [
@@ -1024,37 +1081,23 @@ PUT_LOOKS_FIRST: list[Change] = [
         HandoffQueue.put,
         [
             (
-                "        self.items.append(item)\n        if self.waiters:\n",
-                "        waited_for = bool(self.waiters)\n"
-                "        self.items.append(item)\n        if waited_for:\n",
+                "            self.items.append(item)\n            if self.waiters:\n",
+                "            self.items.append(item)\n            if False:\n",
             )
         ],
     )
 ]
-MATCH_KEEPS_WHAT_NOBODY_TAKES: list[Change] = [
-    (HandoffQueue.dispatch, [("                self.give_back(item)\n                continue\n",
-                           "                continue\n")])
-]  # fmt: skip
-MATCH_SERVES_THE_YOUNGEST: list[Change] = [
-    (HandoffQueue.dispatch, [("waiters.popitem(False)", "waiters.popitem()")])
+GIVE_DROPS_WHAT_NOBODY_WAITS_FOR: list[Change] = [
+    (HandoffQueue.give, [("self.put_back(item)", "pass")])
 ]
-MATCH_GRANTS_WITHOUT_A_TICKET: list[Change] = [
-    (HandoffQueue.dispatch, [("if claim.pop() is _DECIDES:", "if claim[-1] is _DECIDES:")])
+PUT_BACK_DOES_NOT_LOOK: list[Change] = [
+    (HandoffQueue.put_back, [("        if self.waiters:\n            self.dispatch()\n", "")])
 ]
-NEWCOMERS_DO_NOT_LOOK_AT_THE_LINE: list[Change] = [
+GIVE_SERVES_THE_YOUNGEST: list[Change] = [
+    (HandoffQueue.give, [("waiters.popitem(False)", "waiters.popitem()")])
+]
+NEWCOMERS_DO_NOT_LOOK_AT_THE_WAITERS: list[Change] = [
     (HandoffQueue.get_nowait, [("while not self.waiters:", "while True:")])
-]
-A_WAITER_LOOKS_BEFORE_IT_STANDS_IN_LINE: list[Change] = [
-    (
-        HandoffQueue.wait,
-        [
-            ("        line.append(None)\n", ""),
-            (
-                "            self.join(waiter, claim)\n",
-                "            self.join(waiter, claim)\n            line.append(None)\n",
-            ),
-        ],
-    )
 ]
 TRIP_ASSIGNS: list[Change] = [
     (
@@ -1139,8 +1182,8 @@ IDLE_JOIN_LOOKS_FIRST: list[Change] = [
     (
         IdleQueue.join,
         [
-            ("        self.waiters[waiter] = claim\n", "        room = self.room\n"
-             "        self.waiters[waiter] = claim\n"),
+            ("        self.waiters[waiter] = deadline\n", "        room = self.room\n"
+             "        self.waiters[waiter] = deadline\n"),
             ("if self.room or", "if room or"),
         ],
     )
@@ -1149,8 +1192,11 @@ IDLE_PUT_LOOKS_FIRST: list[Change] = [
     (
         IdleQueue.put,
         [
-            ("        if self.lifo or", "        line = bool(self.line)\n        if self.lifo or"),
-            ("        if self.line:\n", "        if line:\n"),
+            (
+                "        if self.lifo or",
+                "        waited_for = bool(self.waiters)\n        if self.lifo or",
+            ),
+            ("        if self.waiters or", "        if waited_for or"),
         ],
     )
 ]
@@ -1159,33 +1205,34 @@ MUTANTS: list[Any] = [
     pytest.param(changes, scenario, id=name)
     for name, changes, scenario in [
         ("join looks before it publishes", JOIN_LOOKS_FIRST, put_against_join),
-        ("leave draws no ticket", LEAVE_DRAWS_NO_TICKET, timeout_against_grant),
+        ("leave looks before it is over", LEAVE_LOOKS_BEFORE_IT_IS_OVER, timeout_against_grant),
         (
-            "match wakes before it fills the claim",
-            MATCH_WAKES_BEFORE_IT_FILLS_THE_CLAIM,
+            "grant wakes before it publishes",
+            GRANT_WAKES_BEFORE_IT_PUBLISHES,
             acquire_against_release,
+        ),
+        ("grant does not look again", GRANT_DOES_NOT_LOOK_AGAIN, put_against_leave),
+        (
+            "grant takes back what was taken",
+            GRANT_TAKES_BACK_WHAT_WAS_TAKEN,
+            put_against_leave,
         ),
         ("put looks before it publishes", PUT_LOOKS_FIRST, put_against_join),
         (
-            "match keeps what nobody takes",
-            MATCH_KEEPS_WHAT_NOBODY_TAKES,
+            "give drops what nobody waits for",
+            GIVE_DROPS_WHAT_NOBODY_WAITS_FOR,
             timeout_against_grant,
         ),
+        ("put_back does not look", PUT_BACK_DOES_NOT_LOOK, put_against_leave_and_a_latecomer),
         (
-            "match serves the youngest",
-            MATCH_SERVES_THE_YOUNGEST,
+            "give serves the youngest",
+            GIVE_SERVES_THE_YOUNGEST,
             two_acquires_and_one_release_in_the_order_in_which_they_came,
         ),
-        ("match grants without a ticket", MATCH_GRANTS_WITHOUT_A_TICKET, put_against_leave),
         (
-            "newcomers do not look at the line",
-            NEWCOMERS_DO_NOT_LOOK_AT_THE_LINE,
-            acquire_nowait_against_release_with_a_waiter,
-        ),
-        (
-            "a waiter joins before it stands in line",
-            A_WAITER_LOOKS_BEFORE_IT_STANDS_IN_LINE,
-            acquire_against_release,
+            "newcomers do not look at the waiters",
+            NEWCOMERS_DO_NOT_LOOK_AT_THE_WAITERS,
+            put_many_against_get_nowait_with_a_waiter,
         ),
         ("trip assigns the fate", TRIP_ASSIGNS, two_waits_against_abort),
         ("break assigns the fate", BREAK_ASSIGNS, the_last_arrival_against_a_timeout),
@@ -1333,7 +1380,7 @@ def test_to_stop_before_the_other_opcodes_makes_no_difference() -> None:
 def test_nor_does_it_in_the_package() -> None:
     with explorer.stopping_everywhere():
         explore(put_against_leave, limit=LIMIT, seed=SEED)
-        with mutated(*_pairs(LEAVE_DRAWS_NO_TICKET)), pytest.raises(Found):
+        with mutated(*_pairs(GRANT_DOES_NOT_LOOK_AGAIN)), pytest.raises(Found):
             explore(put_against_leave, limit=LIMIT, seed=SEED)
 
 

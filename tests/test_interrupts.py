@@ -139,7 +139,7 @@ def many_alarms(handler: Callable[[], object], pause: float) -> Iterator[None]:
 
 def assert_free(semaphore: Semaphore, value: int) -> None:
     """Check that `value` permits are free, that nobody waits, and that they can be had."""
-    assert semaphore.statistics().tasks_waiting == 0
+    assert semaphore.statistics().waiting == 0
     assert semaphore.value == value
     for _ in range(value):
         semaphore.acquire_nowait()
@@ -197,7 +197,7 @@ def test_release_by_a_signal_handler_wakes_an_idle_loop(loop: str) -> None:
     async def main() -> bool:
         with Meanwhile(
             lambda: signal_main_thread(signal.SIGALRM),
-            lambda: semaphore.statistics().tasks_waiting == 1,
+            lambda: semaphore.statistics().waiting == 1,
             bell_of_this_loop(),
         ):
             return await semaphore.acquire()
@@ -255,7 +255,7 @@ def test_release_by_a_signal_handler_wakes_the_thread_it_interrupts() -> None:
         on_signal(signal.SIGALRM, semaphore.release),
         Meanwhile(
             lambda: signal_main_thread(signal.SIGALRM),
-            lambda: semaphore.statistics().tasks_waiting == 1,
+            lambda: semaphore.statistics().waiting == 1,
             semaphore.release,
         ),
     ):
@@ -272,9 +272,7 @@ def test_release_by_a_finalizer_in_another_thread_wakes_an_idle_loop(loop: str) 
         gc.collect()
 
     async def main() -> bool:
-        with Meanwhile(
-            collect, lambda: semaphore.statistics().tasks_waiting == 1, bell_of_this_loop()
-        ):
+        with Meanwhile(collect, lambda: semaphore.statistics().waiting == 1, bell_of_this_loop()):
             return await semaphore.acquire()
 
     assert run_under(loop, main) is True
@@ -297,7 +295,7 @@ def test_release_by_a_finalizer_on_the_loop_of_the_waiter_wakes_it(loop: str, wh
     async def main() -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(acquire)
-            while not semaphore.statistics().tasks_waiting:
+            while not semaphore.statistics().waiting:
                 await anyio.lowlevel.checkpoint()
             if where == "task":
                 collect()
@@ -555,7 +553,7 @@ class Intruder:
         self.given += 2
 
     def take(self) -> None:
-        waiting = self.semaphore.statistics().tasks_waiting
+        waiting = self.semaphore.statistics().waiting
         with contextlib.suppress(anyio.WouldBlock):
             self.semaphore.acquire_nowait()
             self.taken += 1
@@ -687,7 +685,7 @@ async def survive(
     with strikes.at(k, intruder.interrupt) as struck:
         tasks = await scene(env, semaphore)
     await settled(env, semaphore)
-    assert semaphore.statistics().tasks_waiting == sum(not task.done() for task in tasks)
+    assert semaphore.statistics().waiting == sum(not task.done() for task in tasks)
     assert not intruder.overtook
     intruder.give_back()
     await env.settle()
@@ -757,7 +755,7 @@ def test_release_at_any_bytecode_of_a_thread_s_own_acquire_is_not_lost(strikes: 
         semaphore = Semaphore(0)
         with strikes.at(k, semaphore.release) as struck:
             acquired = in_this_thread(semaphore, lambda twin: twin.acquire(timeout=0.002))
-        assert semaphore.statistics().tasks_waiting == 0
+        assert semaphore.statistics().waiting == 0
         assert acquired + semaphore.value == struck()
         going = struck()
         k += going
@@ -777,7 +775,7 @@ def test_handler_at_any_bytecode_of_a_release_that_wakes_a_thread_loses_nothing(
                 shared, lambda twin: twin.acquire(timeout=PATIENCE)
             )
         )
-        until(lambda shared=semaphore: shared.statistics().tasks_waiting == 1)  # type: ignore[misc]
+        until(lambda shared=semaphore: shared.statistics().waiting == 1)  # type: ignore[misc]
         with strikes.at(k, intruder.interrupt) as struck:
             semaphore.release()
         intruder.give_back()
@@ -1137,7 +1135,7 @@ def test_threads_lose_no_permit_in_a_storm_of_signals() -> None:
     results = [other.outcome() for other in others]
     assert all(isinstance(result, int) and result for result in [passes, *results]), results
     assert calls > 20
-    assert semaphore.statistics().tasks_waiting == 0
+    assert semaphore.statistics().waiting == 0
     assert semaphore.value == 1 + len(extra)
 
 
@@ -1216,7 +1214,7 @@ def test_finalizers_that_release_during_other_calls_lose_no_permit(loop: str) ->
         async with anyio.create_task_group() as group:
             for _ in range(3):
                 group.start_soon(member)
-            while passes + semaphore.statistics().tasks_waiting < 3 * rounds:
+            while passes + semaphore.statistics().waiting < 3 * rounds:
                 # Most of the garbage is found sooner.
                 Garbage(bool)
                 await anyio.lowlevel.checkpoint()
@@ -1243,7 +1241,7 @@ def test_keyboard_interrupt_in_a_blocking_acquire_leaves_no_waiter(timeout: floa
         on_signal(signal.SIGALRM, interrupt),
         Meanwhile(
             lambda: signal_main_thread(signal.SIGALRM),
-            lambda: semaphore.statistics().tasks_waiting == 1,
+            lambda: semaphore.statistics().waiting == 1,
             semaphore.release,
         ),
         pytest.raises(KeyboardInterrupt),
@@ -1276,20 +1274,20 @@ def test_interrupted_acquire_leaves_the_line_to_the_next_thread() -> None:
                 lambda: in_this_thread(semaphore, lambda twin: twin.acquire(timeout=PATIENCE))
             )
         )
-        until(lambda: semaphore.statistics().tasks_waiting == 2)
+        until(lambda: semaphore.statistics().waiting == 2)
         os.kill(os.getpid(), signal.SIGINT)
 
     with (
         on_signal(signal.SIGINT, interrupt),
         Meanwhile(
             queue_another_and_interrupt,
-            lambda: semaphore.statistics().tasks_waiting == 1,
+            lambda: semaphore.statistics().waiting == 1,
             lambda: semaphore.release(2),
         ),
         pytest.raises(KeyboardInterrupt),
     ):
         in_this_thread(semaphore, lambda twin: twin.acquire())
-    assert semaphore.statistics().tasks_waiting == 1
+    assert semaphore.statistics().waiting == 1
     semaphore.release()
     assert others[0].outcome() is True
     assert_free(semaphore, 0)
@@ -1307,7 +1305,7 @@ def test_permit_granted_by_the_handler_that_interrupts_is_free_again() -> None:
         on_signal(signal.SIGALRM, release_and_interrupt),
         Meanwhile(
             lambda: signal_main_thread(signal.SIGALRM),
-            lambda: semaphore.statistics().tasks_waiting == 1,
+            lambda: semaphore.statistics().waiting == 1,
             semaphore.release,
         ),
         pytest.raises(KeyboardInterrupt),
@@ -1324,7 +1322,7 @@ def test_keyboard_interrupt_under_an_event_loop_leaves_no_waiter(loop: str) -> N
     async def main() -> None:
         with Meanwhile(
             lambda: os.kill(os.getpid(), signal.SIGINT),
-            lambda: semaphore.statistics().tasks_waiting == 1,
+            lambda: semaphore.statistics().waiting == 1,
             semaphore.release,
         ):
             await semaphore.acquire()

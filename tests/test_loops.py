@@ -77,9 +77,9 @@ class InThread(Generic[T]):
 
 def acquire_in_thread(semaphore: Semaphore) -> InThread[bool]:
     """Start to acquire in a thread; returns when that waits."""
-    waiting = semaphore.statistics().tasks_waiting
+    waiting = semaphore.statistics().waiting
     job = InThread(semaphore._for_threads().acquire(timeout=PATIENCE))
-    until(lambda: semaphore.statistics().tasks_waiting > waiting)
+    until(lambda: semaphore.statistics().waiting > waiting)
     return job
 
 
@@ -124,17 +124,17 @@ class Doomed:
 def doomed_acquire(
     loop: asyncio.AbstractEventLoop, semaphore: Semaphore, timeout: float | None = None
 ) -> Doomed:
-    waiting = semaphore.statistics().tasks_waiting
+    waiting = semaphore.statistics().waiting
     return Doomed(
         loop,
         semaphore.acquire(timeout=timeout),
-        lambda: semaphore.statistics().tasks_waiting == waiting + 1,
+        lambda: semaphore.statistics().waiting == waiting + 1,
     )
 
 
 def assert_free(semaphore: Semaphore, value: int) -> None:
     """Check that `value` permits are free, that nobody waits, and that they can be had."""
-    assert semaphore.statistics().tasks_waiting == 0
+    assert semaphore.statistics().waiting == 0
     assert semaphore.value == value
     for _ in range(value):
         semaphore.acquire_nowait()
@@ -209,7 +209,7 @@ def test_permit_granted_to_a_waiter_whose_loop_closes_before_it_runs_comes_back(
     dead = doomed_acquire(loop, semaphore, timeout)
     semaphore.release()
     # It has been handed over, and there is nobody who could give it back yet.
-    assert (semaphore.value, semaphore.statistics().tasks_waiting) == (0, 0)
+    assert (semaphore.value, semaphore.statistics().waiting) == (0, 0)
     dead.close_loop()
     if how == "closed":
         dead.close()
@@ -256,7 +256,7 @@ def test_waiter_of_a_loop_that_pauses_keeps_its_place_and_gets_its_permit(
     semaphore = Semaphore(0)
     task = loop.create_task(semaphore.acquire())
     loop.run_until_complete(asyncio.sleep(0))
-    assert semaphore.statistics().tasks_waiting == 1
+    assert semaphore.statistics().waiting == 1
     semaphore.release()  # the loop is not running now
     with pytest.raises(anyio.WouldBlock):
         semaphore.acquire_nowait()
@@ -271,7 +271,7 @@ def test_waiter_cancelled_by_the_end_of_asyncio_run_leaves_nothing() -> None:
     async def main() -> None:
         tasks.append(asyncio.create_task(semaphore.acquire()))
         await asyncio.sleep(0)
-        assert semaphore.statistics().tasks_waiting == 1
+        assert semaphore.statistics().waiting == 1
 
     asyncio.run(main())
     assert tasks[0].cancelled()
@@ -290,9 +290,9 @@ def test_waiters_of_a_trio_run_that_is_over_are_gone(how: str) -> None:
             # The run cancels this one itself, after the main task.
             trio.lowlevel.spawn_system_task(semaphore.acquire)
             await trio.testing.wait_all_tasks_blocked()
-            assert semaphore.statistics().tasks_waiting == 2
+            assert semaphore.statistics().waiting == 2
             nursery.cancel_scope.cancel()
-        assert semaphore.statistics().tasks_waiting == 1
+        assert semaphore.statistics().waiting == 1
         if how == "raises":
             raise LookupError("no such luck")
 
@@ -317,7 +317,7 @@ def test_permit_granted_just_before_a_trio_run_ends_is_not_lost() -> None:
         thread = threading.Thread(target=semaphore.release, daemon=True)
         thread.start()
         thread.join(PATIENCE)
-        assert (semaphore.value, semaphore.statistics().tasks_waiting) == (0, 0)
+        assert (semaphore.value, semaphore.statistics().waiting) == (0, 0)
 
     trio.run(main)
     # Either it was cancelled, and has given the permit back, or it has acquired it.
@@ -408,7 +408,7 @@ def test_guest_task_of_trio_waits_on_trio_and_a_host_callback_wakes_it(
     async def host() -> bool:
         # It waits in a task of trio: one of asyncio could not be awaited there.
         guest = asyncio.ensure_future(in_guest(semaphore.acquire))
-        await host_until(lambda: semaphore.statistics().tasks_waiting == 1)
+        await host_until(lambda: semaphore.statistics().waiting == 1)
         asyncio.get_running_loop().call_soon(semaphore.release)
         return await guest
 
@@ -435,12 +435,12 @@ def test_release_wakes_waiters_of_host_and_guest_in_their_order(
             nursery.start_soon(acquire, "guest 1")
             await trio.testing.wait_all_tasks_blocked()
             hosted.append(loop.create_task(acquire("host 2")))
-            while semaphore.statistics().tasks_waiting < 2:
+            while semaphore.statistics().waiting < 2:
                 await trio.sleep(0.0005)
             nursery.start_soon(acquire, "guest 3")
             await trio.testing.wait_all_tasks_blocked()
             hosted.append(loop.create_task(acquire("host 4")))
-            while semaphore.statistics().tasks_waiting < 4:
+            while semaphore.statistics().waiting < 4:
                 await trio.sleep(0.0005)
             for count in range(1, 5):
                 if waker == "guest":
@@ -475,7 +475,7 @@ def test_guest_task_can_be_cancelled_and_can_run_out_of_time(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(semaphore.acquire)
             await trio.testing.wait_all_tasks_blocked()
-            assert semaphore.statistics().tasks_waiting == 1
+            assert semaphore.statistics().waiting == 1
             nursery.cancel_scope.cancel()
         return await semaphore.acquire(timeout=0.01)
 
@@ -637,7 +637,7 @@ def test_release_inside_a_nested_trio_run_wakes_a_task_of_the_outer_asyncio(
     async def outer() -> bool:
         waiter = asyncio.ensure_future(semaphore.acquire())
         await asyncio.sleep(0)
-        assert semaphore.statistics().tasks_waiting == 1
+        assert semaphore.statistics().waiting == 1
         trio.run(main)
         return await waiter
 
@@ -651,7 +651,7 @@ def test_thread_wakes_a_waiter_in_a_trio_run_inside_a_task_of_asyncio(
     semaphore = Semaphore(0)
 
     def release() -> None:
-        until(lambda: semaphore.statistics().tasks_waiting == 1)
+        until(lambda: semaphore.statistics().waiting == 1)
         semaphore.release()
 
     async def main() -> bool:
@@ -722,7 +722,7 @@ if sys.version_info >= (3, 12):
 
         async def main() -> None:
             task = asyncio.ensure_future(semaphore.acquire())
-            assert semaphore.statistics().tasks_waiting == 1
+            assert semaphore.statistics().waiting == 1
             semaphore.release()
             with pytest.raises(anyio.WouldBlock):
                 semaphore.acquire_nowait()

@@ -82,9 +82,9 @@ class Home(ABC):
 
     def acquire(self, semaphore: Semaphore, timeout: float | None = None) -> Job[bool]:
         """Start to acquire. Returns when that is done, or has its place in the line."""
-        waiting = semaphore.statistics().tasks_waiting
+        waiting = semaphore.statistics().waiting
         job = self.start(semaphore, lambda shared: shared.acquire(timeout=timeout))
-        until(lambda: job.done() or semaphore.statistics().tasks_waiting > waiting)
+        until(lambda: job.done() or semaphore.statistics().waiting > waiting)
         return job
 
     def wait(self, barrier: Barrier, timeout: float | None = None) -> Job[int]:
@@ -248,7 +248,7 @@ def fast_switches() -> Iterator[None]:
 
 def assert_free(semaphore: Semaphore, value: int) -> None:
     """Check that `value` permits are free, that nobody waits, and that they can be had."""
-    assert semaphore.statistics().tasks_waiting == 0
+    assert semaphore.statistics().waiting == 0
     assert semaphore.value == value
     for _ in range(value):
         semaphore.acquire_nowait()
@@ -291,14 +291,14 @@ def test_waiters_of_all_kinds_are_served_first_in_first_out(
     semaphore = Semaphore(0)
     names = [*order, *(name + "2" for name in order), *order]
     jobs = [homes[name].acquire(semaphore) for name in names]
-    assert semaphore.statistics().tasks_waiting == len(names)
+    assert semaphore.statistics().waiting == len(names)
     for position, job in enumerate(jobs):
         semaphore.release()
         assert job.result() is True
         assert [other.done() for other in jobs[position + 1 :]] == [False] * (
             len(jobs) - position - 1
         )
-        assert semaphore.statistics().tasks_waiting == len(jobs) - position - 1
+        assert semaphore.statistics().waiting == len(jobs) - position - 1
     assert_free(semaphore, 0)
 
 
@@ -349,7 +349,7 @@ def test_cancelled_waiter_leaves_the_line_to_those_of_other_kinds(
     second = homes[follower + "2"].acquire(semaphore)
     first.cancel()
     assert isinstance(first.error(), (asyncio.CancelledError, trio.Cancelled))
-    until(lambda: semaphore.statistics().tasks_waiting == 1)
+    until(lambda: semaphore.statistics().waiting == 1)
     semaphore.release()
     assert second.result() is True
     assert_free(semaphore, 0)
@@ -365,7 +365,7 @@ def test_timed_out_waiter_leaves_the_line_to_those_of_other_kinds(
     # Not waited for: by then the first may be gone.
     second = homes[follower + "2"].start(semaphore, lambda shared: shared.acquire(timeout=PATIENCE))
     assert first.result() is False
-    until(lambda: semaphore.statistics().tasks_waiting == 1)
+    until(lambda: semaphore.statistics().waiting == 1)
     semaphore.release()
     assert second.result() is True
     assert_free(semaphore, 0)

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from aiosync import ConnectionPool, PoolClosed, PoolEvent, PoolTimeout, _park
-from aiosync._handoff import HandoffQueue, new_claim
+from aiosync._handoff import HandoffQueue
 from aiosync._park import ThreadWaiter
 from aiosync._pool import _face
 from aiosync._pool._idle import IdleQueue
@@ -80,7 +80,7 @@ class TestTheQueue:
         queue.items.extend([good, failure()])
         assert queue.pick(0, True) is good
         queue.put(failure())
-        queue.give_back(failure())
+        queue.put_back(failure())
         assert not queue.items
 
     def test_what_was_retired_on_its_way_goes_to_the_keeper(self) -> None:
@@ -115,9 +115,7 @@ class TestTheQueue:
         queue: HandoffQueue[int] = HandoffQueue()
         sleepers = [ThreadWaiter() for _ in range(4)]
         for sleeper, deadline in zip(sleepers, (1.0, None, 2.0, 3.0), strict=True):
-            claim = new_claim()
-            claim[1] = deadline
-            queue.join(sleeper, claim)
+            queue.join(sleeper, deadline)
         assert queue.expire(2.0) == 3.0
         assert [sleeper._lock.acquire(False) for sleeper in sleepers] == [True, False, True, False]
 
@@ -142,7 +140,7 @@ class TestTheKeeper:
         async with ConnectionPool(Connection, check=lambda _: None) as pool:
             keeper = pool._keeper
             keeper.idle.dormant = Emptied([record()])
-            keeper.idle.waiters[ThreadWaiter()] = new_claim()
+            keeper.idle.waiters[ThreadWaiter()] = None
             keeper._wake_dormant(keeper.clock())
             keeper.idle.waiters.clear()
             assert not keeper.serving
@@ -393,13 +391,11 @@ class TestTheKeeper:
 async def test_to_wake_one_whose_time_is_over_and_who_was_cancelled_does_no_harm() -> None:
     queue: HandoffQueue[int] = HandoffQueue()
     waiter = _park.task_waiter()
-    claim = new_claim()
-    claim[1] = 1.0
-    queue.join(waiter, claim)
+    queue.join(waiter, 1.0)
     assert isinstance(waiter, asyncio.Future)
     waiter.cancel()
     assert queue.expire(2.0) == ALWAYS
-    assert queue.leave(waiter, claim)
+    assert queue.leave(waiter) is None
 
 
 def test_it_can_be_told_whether_a_loop_has_ended() -> None:
@@ -523,7 +519,7 @@ def test_who_comes_while_another_lays_a_stale_connection_aside_is_seen_to() -> N
         """Somebody begins to wait just before it is there."""
 
         def append(self, item: Any) -> None:
-            queue.join(ThreadWaiter(), new_claim())
+            queue.join(ThreadWaiter())
             assert not calls
             super().append(item)
 

@@ -7,10 +7,9 @@ middle of a call; here it is put in its place by hand.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -22,8 +21,8 @@ from helpers import PATIENCE, InThread, Places, run_python, until
 
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore, as_threading
 from aiosync._barrier import _Round, _Rounds
-from aiosync._handoff import _STOCK, HandoffQueue, new_claim
-from aiosync._park import ThreadWaiter, task_waiter
+from aiosync._handoff import HandoffQueue
+from aiosync._park import ThreadWaiter, TrioWaiter, end_wait, task_waiter, wake, wake_all
 
 Kind = type[Semaphore]
 
@@ -31,35 +30,6 @@ Kind = type[Semaphore]
 @pytest.fixture(params=[Semaphore, BoundedSemaphore])
 def kind(request: pytest.FixtureRequest) -> Any:
     return request.param
-
-
-class Bell:
-    """A sleeper of another event loop, that takes note of being woken."""
-
-    def __init__(self, on_bell: Callable[[], object] = bool) -> None:
-        self.bells = 0
-        self.on_bell = on_bell
-
-    def done(self) -> bool:
-        return False
-
-    def get_loop(self) -> object:
-        return self
-
-    def wake_threadsafe(self) -> None:
-        self.bells += 1
-        self.on_bell()
-
-
-def waiting(*deadlines: float | None) -> tuple[HandoffQueue[Any], list[Bell]]:
-    """Return a queue, and those who wait in it."""
-    queue: HandoffQueue[Any] = HandoffQueue()
-    bells = [Bell() for _ in deadlines]
-    for bell, deadline in zip(bells, deadlines, strict=True):
-        claim = new_claim()
-        claim[1] = deadline
-        queue.join(bell, claim)  # type: ignore[arg-type]
-    return queue, bells
 
 
 # -- In the middle of a release: the permit is there, and is about to go to who waits.
@@ -134,110 +104,7 @@ def test_a_vain_acquire_nowait_is_none_that_may_be_released() -> None:
         semaphore.release()
 
 
-def test_a_stock_that_holds_all_permits_needs_no_reserve() -> None:
-    queue: HandoffQueue[bool] = HandoffQueue()
-    for _ in range(10):
-        queue.put_many(True, _STOCK)
-        for _ in range(_STOCK):
-            assert queue.get_nowait(False)
-    assert not queue.reserves, "an empty reserve for each release of many, for ever"
-
-
-def test_who_waits_gets_one_of_many_without_more_than_a_stock_being_laid_out() -> None:
-    queue, bells = waiting(*[None] * 20)
-    queue.put_many(True, 1_000_000)
-    assert [bell.bells for bell in bells] == [1] * 20
-    assert queue.free() == 1_000_000 - 20
-    assert len(queue.items) <= _STOCK
-
-
-# -- A matcher whom another thread, or a signal handler, anticipates.
-
-
-def test_a_matcher_looks_at_the_items_last_since_they_come_from_the_reserves() -> None:
-    queue, (bell,) = waiting(None)
-
-    class Moved(deque[Any]):
-        """Another thread moves the last reserve as this one comes to look at it."""
-
-        def __bool__(self) -> bool:
-            queue.items.append(True)
-            queue.reserves = deque()
-            return False
-
-    queue.reserves = Moved()
-    queue.dispatch()
-    assert bell.bells == 1
-
-
-def test_a_matcher_that_gives_back_an_item_looks_again() -> None:
-    queue, (first, late) = waiting(None, None)
-    queue.items.append(True)
-
-    class Fleeting(OrderedDict[Any, Any]):
-        """The only waiter leaves; another one comes and finds the item taken by the matcher."""
-
-        fled = False
-
-        def popitem(self, last: bool = True) -> Any:
-            if not self.fled:
-                self.fled = True
-                del self[first]
-                raise KeyError
-            return super().popitem(last)
-
-    queue.waiters = Fleeting(queue.waiters)
-    queue.dispatch()
-    assert (first.bells, late.bells, queue.free()) == (0, 1, 0)
-
-
-@pytest.mark.parametrize("what", ["cancel", "release"])
-def test_a_waiter_that_is_woken_just_before_it_is_handed_something_does_no_harm(what: str) -> None:
-    class Struck(asyncio.Future[None]):
-        """A signal handler comes after the matcher has looked whether this is done."""
-
-        def get_loop(self) -> asyncio.AbstractEventLoop:
-            if not self.done():
-                self.cancel() if what == "cancel" else self.set_result(None)
-            return super().get_loop()
-
-    async def main() -> None:
-        queue: HandoffQueue[str] = HandoffQueue()
-        waiter, claim = Struck(), new_claim()
-        queue.join(waiter, claim)
-        queue.put("item")
-        assert queue.leave(waiter, claim) is False
-        assert claim[0] == "item"
-
-    asyncio.run(main())
-
-
-# -- Deadlines that somebody else keeps.
-
-
-@pytest.mark.parametrize(
-    ("now", "woken", "following"),
-    [
-        (0.5, [0, 0, 0, 0], 1.0),
-        (1.0, [1, 0, 0, 0], 2.0),
-        (2.5, [1, 0, 1, 0], 3.0),
-        (9.0, [1, 0, 1, 1], float("inf")),
-    ],
-)
-def test_expire_wakes_whose_deadline_is_over_and_tells_the_next(
-    now: float, woken: list[int], following: float
-) -> None:
-    queue, bells = waiting(1.0, None, 2.0, 3.0)
-    assert queue.expire(now) == following
-    assert [bell.bells for bell in bells] == woken
-    assert len(queue.waiters) == 4  # they leave by themselves
-
-
-def test_expire_looks_again_if_somebody_leaves_meanwhile() -> None:
-    queue, bells = waiting(1.0, 2.0, 3.0, 9.0)
-    bells[0].on_bell = lambda: queue.waiters.pop(bells[0], None)  # type: ignore[call-overload]
-    assert queue.expire(5.0) == 9.0
-    assert [bool(bell.bells) for bell in bells] == [True, True, True, False]
+# -- Deadlines that the caller of `expire` keeps.
 
 
 @pytest.mark.anyio
@@ -258,7 +125,7 @@ async def test_who_waits_until_a_deadline_gets_the_default_then_or_the_item_befo
         assert results == ["default"]
         queue.put("item")
     assert results == ["default", "item"]
-    assert (queue.free(), len(queue.waiters), queue.line) == (0, 0, [])
+    assert (queue.free(), len(queue.waiters), queue.granted) == (0, 0, {})
 
 
 # -- Barriers.
@@ -412,15 +279,22 @@ CRITICAL: list[tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = [
     (HandoffQueue.put, lambda: (HandoffQueue(), 1)),
     (HandoffQueue.put_many, lambda: (HandoffQueue(), 1, 1)),
     (HandoffQueue.get_nowait, lambda: (HandoffQueue(), None)),
-    (HandoffQueue.join, lambda: (HandoffQueue(), task_waiter(), new_claim())),
-    (HandoffQueue.leave, lambda: (HandoffQueue(), task_waiter(), new_claim())),
+    (HandoffQueue.join, lambda: (HandoffQueue(), task_waiter())),
+    (HandoffQueue.leave, lambda: (HandoffQueue(), task_waiter())),
     (HandoffQueue.wait, lambda: (HandoffQueue([1]), task_waiter(), None, None)),
     (HandoffQueue.dispatch, lambda: (HandoffQueue(),)),
-    (HandoffQueue.give_back, lambda: (HandoffQueue(), 1)),
-    (HandoffQueue._restock, lambda: (HandoffQueue(),)),
+    (HandoffQueue.put_back, lambda: (HandoffQueue(), 1)),
+    (HandoffQueue._pop_bulk, lambda: (HandoffQueue(),)),
+    (HandoffQueue.give, lambda: (HandoffQueue(), 1)),
+    (HandoffQueue._grant, lambda: (HandoffQueue(), ThreadWaiter(), 1)),
+    (end_wait, lambda: (ThreadWaiter(),)),
+    (wake, lambda: (ThreadWaiter(),)),
+    (wake_all, lambda: ([ThreadWaiter()],)),
+    (TrioWaiter.end, lambda: (task_waiter(),)),
     (Semaphore.acquire, lambda: (Semaphore(),)),
     (Semaphore._acquire_slowly, lambda: (Semaphore(), False, None)),
-    (Semaphore._answer, lambda: (Semaphore(), False)),
+    (Semaphore._checkpoint, lambda: (Semaphore(), False)),
+    (Semaphore.__aenter__, lambda: (Semaphore(),)),
     (Semaphore.acquire_nowait, lambda: (Semaphore(),)),
     (Semaphore.release, lambda: (Semaphore(),)),
     (Semaphore.__aexit__, lambda: (Semaphore(0), None, None, None)),
@@ -460,7 +334,7 @@ async def main():
         semaphore.release()
         await semaphore.acquire()  # the first checkpoint
     thread.start()
-    while not semaphore.statistics().tasks_waiting:
+    while not semaphore.statistics().threads_waiting:
         await trio.sleep(0.001)
     _handoff.current_token = strike
     semaphore.release()
@@ -482,9 +356,9 @@ import signal, threading, trio
 from aiosync import Barrier, BrokenBarrierError, _park, as_threading
 
 barrier = Barrier(2)
-ring = _park.ThreadWaiter.set_result
+ring = _park.ThreadWaiter.wake_threadsafe
 
-def strike(self, result=None):
+def strike(self):
     signal.raise_signal(signal.SIGINT)
     ring(self)
 
@@ -498,7 +372,7 @@ async def main():
     thread.start()
     while not barrier._rounds.latest.threads:
         await trio.sleep(0.001)
-    _park.ThreadWaiter.set_result = strike
+    _park.ThreadWaiter.wake_threadsafe = strike
     barrier.abort()
     thread.join(20)
     print(got)

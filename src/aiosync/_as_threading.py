@@ -29,13 +29,12 @@ class ThreadSemaphore(NotCopied):
     All methods may be called from any thread. Only `acquire` can block.
     """
 
-    __slots__ = ("__weakref__", "_items", "_line", "_shared")
+    __slots__ = ("__weakref__", "_get_nowait", "_shared")
 
     def __init__(self, semaphore: Semaphore) -> None:
         self._shared = semaphore._for_threads()
         # For the common path.
-        self._items = self._shared._items
-        self._line = self._shared._line
+        self._get_nowait = self._shared._queue.get_nowait
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Take a permit, waiting in line with tasks and threads for one if there is none free.
@@ -51,11 +50,8 @@ class ThreadSemaphore(NotCopied):
         :raises ValueError: if `blocking` is False and there is a `timeout`, or if that is NaN
         :raises TypeError: if `timeout` is no number
         """
-        if not self._line and timeout is None and blocking:
-            try:
-                return self._items.pop()
-            except IndexError:
-                pass
+        if blocking is True and timeout is None and self._get_nowait(False):
+            return True
         return run_in_thread(self._shared.acquire(blocking, timeout))
 
     def release(self, n: int = 1) -> None:
@@ -99,14 +95,9 @@ class ThreadBoundedSemaphore(ThreadSemaphore):
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """See `ThreadSemaphore.acquire`."""
-        if not self._line and timeout is None and blocking:
-            try:
-                permit = self._items.pop()
-            except IndexError:
-                pass
-            else:
-                self._held.append(permit)
-                return permit
+        if blocking is True and timeout is None and self._get_nowait(False):
+            self._held.append(True)
+            return True
         return run_in_thread(self._shared.acquire(blocking, timeout))
 
     def __repr__(self) -> str:

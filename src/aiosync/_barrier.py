@@ -75,7 +75,7 @@ class _Round:
         # The threads. Of these only one is woken, and each that leaves wakes one more: to wake all
         # at once makes them fight for the interpreter, and a round of 8 take twice as long. A
         # thread takes itself out before it leaves. So whoever is found in here has not left yet.
-        self.threads: dict[Waiter, None] = {}
+        self.threads: dict[Any, None] = {}
         # Written by setdefault only, so each key once:
         #   "fate": by who came first, the last party (TRIPPED, or FULL if there is an action) or
         #       somebody who breaks the round
@@ -129,7 +129,7 @@ class _Round:
         """Wake one that has not left yet; which may be the one that was woken last time."""
         threads = list(self.threads)
         if threads:
-            threads[-1].set_result(None)  # for a thread this is the same from everywhere
+            threads[-1].wake_threadsafe()  # for a thread this is the same from everywhere
 
     @ki_protected
     def leave(self, thread: Waiter) -> None:

@@ -1,14 +1,11 @@
-"""Every exception and every refusal of the package, with its message.
-
-What must live here: exception classes, and the functions that turn bad input into one of them.
-What must not: state, waiting, or an import of a room above the ground floor.
-"""
+"""The exceptions of the package, and the checks of arguments that raise the built-in ones."""
 
 from __future__ import annotations
 
 import threading
-from math import isnan
-from typing import NoReturn, SupportsIndex
+from datetime import timedelta
+from operator import index
+from typing import Any, NoReturn, SupportsIndex
 
 from ._park import AsyncioBrokenBarrierError
 
@@ -54,51 +51,99 @@ class NotCopied:
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> NoReturn:
         raise TypeError(
             f"cannot pickle or copy {type(self).__name__!r} object: "
-            f"it only synchronizes those who share the one object; pass the object itself"
+            f"tasks and threads have to share the object itself"
         )
 
 
-def check_count(name: str, value: int, least: int) -> int:
-    """Return `value` if it is an int of at least `least`.
+def check_count(name: str, value: SupportsIndex, least: int) -> int:
+    """Return `value` as an int of at least `least`.
 
-    :raises TypeError: if it is no int
-    :raises ValueError: if it is smaller
+    :param value: any integer, also one of numpy; never a float
+    :raises TypeError: if it is not an integer
+    :raises ValueError: if it is smaller than `least`
     """
-    if not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be {least} or more, not {value}")
-    return value
+    try:
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
+    if number < least:
+        raise ValueError(f"{name} must be {least} or more, not {number}")
+    return number
+
+
+def check_name(name: object) -> str | None:
+    """Return `name`, which appears in the repr and in errors.
+
+    :raises TypeError: if it is neither a str nor None
+    """
+    if name is None or isinstance(name, str):
+        return name
+    raise TypeError(f"name must be a str or None, not {type(name).__name__}")
 
 
 def check_timeout(timeout: float | None) -> float | None:
-    """Return `timeout` (seconds) as a finite number, or None for "wait for ever".
+    """Return `timeout` as a finite number of seconds, or None for "no limit".
 
+    :param timeout: any real number, also a Decimal, a Fraction or one of numpy
     :raises TypeError: if it is neither a number nor None
-    :raises ValueError: if it is not a number in the sense of IEEE 754
+    :raises ValueError: if it is NaN
     """
     if timeout is None:
         return None
     if not isinstance(timeout, (int, float)):
+        timeout = _as_float(timeout)
+    if timeout != timeout:  # noqa: PLR0124  (NaN)
+        raise ValueError("timeout must be a number of seconds or None, not NaN")
+    # Timers of some event loops overflow on larger numbers.
+    return None if timeout > _FOREVER else timeout
+
+
+def _as_float(timeout: Any) -> float:
+    if isinstance(timeout, timedelta):
+        raise TypeError(
+            "timeout must be a number of seconds or None, not timedelta: "
+            "pass timeout.total_seconds()"
+        )
+    if not (hasattr(timeout, "__float__") or hasattr(timeout, "__index__")):
         raise TypeError(
             f"timeout must be a number of seconds or None, not {type(timeout).__name__}"
         )
-    if isinstance(timeout, float) and isnan(timeout):
-        raise ValueError("timeout must be a number of seconds or None, not NaN")
-    # Nobody can tell 30 years from for ever, but timers of some event loops overflow on the latter.
-    return None if timeout > _FOR_EVER else timeout
+    return float(timeout)
+
+
+def check_blocking(blocking: object) -> bool:
+    """Return `blocking` as a bool; 0 and 1 are accepted, since callers of `threading` pass them.
+
+    :raises TypeError: if it is anything else, most likely a timeout
+    """
+    if isinstance(blocking, int) and blocking in (0, 1):
+        return bool(blocking)
+    raise TypeError(
+        f"blocking must be a bool, not {type(blocking).__name__}: "
+        f"pass a number of seconds as timeout="
+    )
 
 
 def normalize_timeout(blocking: bool, timeout: float | None) -> float | None:
-    """Return how many seconds to wait: None for ever, 0 not at all."""
-    if timeout is None and blocking:
-        return None
-    if not blocking:
+    """Return how many seconds `acquire` may wait: None for no limit, 0 for a single try.
+
+    :raises TypeError: if `blocking` is not a bool, or `timeout` is not a number
+    :raises ValueError: if `timeout` is given although `blocking` is False, or is NaN
+    """
+    if not check_blocking(blocking):
         if timeout is not None:
-            raise ValueError("can't specify a timeout for a non-blocking acquire; leave it out")
+            raise ValueError("can't specify a timeout for a non-blocking acquire")
         return 0
     timeout = check_timeout(timeout)
     return None if timeout is None else max(timeout, 0)
 
 
-_FOR_EVER = 30 * 366 * 24 * 3600
+def refuse_with(shared: object) -> NoReturn:
+    """Raise the error for a plain ``with`` on an object that tasks await."""
+    name = type(shared).__name__
+    raise TypeError(
+        f"{name} needs 'async with' in a task; in a thread use 'with as_threading(...)'"
+    )
+
+
+_FOREVER = 30 * 366 * 24 * 3600

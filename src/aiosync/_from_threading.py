@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from types import TracebackType
 
-    from ._handoff import Claim
     from ._park import Waiter
 
 # How long a helper blocks in a foreign object, in seconds: first, and at most. Each time in vain it
@@ -76,8 +75,8 @@ class _Helper(HandoffQueue[Union[bool, BaseException]]):
             await self._come_out()
         return got
 
-    def join(self, waiter: Waiter, claim: Claim) -> None:
-        super().join(waiter, claim)
+    def join(self, waiter: Waiter, deadline: float | None = None) -> None:
+        super().join(waiter, deadline)
         self._send()
 
     def _send(self) -> None:

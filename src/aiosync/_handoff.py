@@ -1,27 +1,32 @@
-"""Items and waiters, matched first-in first-out: the heart of the package, and its proof.
+"""Items and waiters, matched first-in first-out, and the proof that nothing is lost.
 
-Everything here is synchronous and without a lock: a caller joins the queue, sleeps by means of
-`_park`, and comes back to see what was decided. Nothing here knows what an item is (a permit, a
-connection) or who waits for it (a task of any event loop, a thread).
+All of it is synchronous and lock-free, except that the coroutine `HandoffQueue.wait` sleeps. This
+module does not know what an item is (a permit, a connection) or what waits for it (a task of any
+event loop, a thread).
 
 Why it is correct without a lock
 --------------------------------
-Every operation on `items`, `waiters` and a `Claim` is one C call on a builtin, and so one atomic
-step: no thread, signal handler or finalizer sees it half done. (Without the GIL a lock makes it so;
-see `_Locked` below.) A *removal is a claim*: of all who try to remove one thing, one succeeds.
+Every operation on `items`, `waiters` and `granted` is a single C call on a builtin, and so atomic:
+no thread, signal handler or finalizer sees it half done. (Without the GIL, builtins lock
+themselves; `_LockedDict` does so for OrderedDict.) A *removal is a claim*: if several threads try
+to remove the same thing, one of them succeeds.
 
 1. *No lost wake-up.* Both sides publish first and look second: `join` adds the waiter before it
-   looks at the items, `put` adds the item before it looks at the waiters. Whichever of the two
-   publishes last sees the other, and calls `dispatch`. A matcher that gives back what it took
-   publishes again, so it looks again. Items move from `reserves` to `items` without a look at the
-   waiters; `join` looks at the two in that order, so it sees an item that moves meanwhile.
-2. *Conservation.* An item is at any moment in one place: in `items`, in the hands of one matcher,
-   in the claim of a waiter that was granted it, or with the caller. It moves on by removals only.
-3. *One outcome.* A claim holds two tickets. Who draws the first decides: a matcher, that the waiter
-   is granted an item, or the waiter itself, that it leaves (cancelled or out of time). Who draws
-   the second, after a grant, owns the item: the waiter, or a matcher that could not wake it.
-4. *First-in first-out.* Waiters are removed from the front only. A newcomer takes an item
-   without waiting only if it sees nobody waiting.
+   looks at the items, and `put` adds the item before it looks at the waiters. Whichever publishes
+   last sees the other, and calls `dispatch`. A dispatcher that puts an item back publishes it, so
+   it looks again.
+2. *Conservation.* At any moment an item is in one place: in `items` (or `bulk`), held by one
+   dispatcher, given to one waiter, or with the caller.
+3. *One outcome.* A waiter stands in `waiters` until it is removed, and the one that removes it
+   decides: a dispatcher may give it an item, nobody else. If the waiter removes itself, nothing was
+   given to it and nothing will be.
+4. *Giving.* A task on the event loop of the waiter gives by ``set_result(item)``, which either
+   succeeds, or fails because the waiter is over; then the next waiter gets the item. From anywhere
+   else, the dispatcher publishes the item in `granted`, and then looks whether the waiter is over.
+   A waiter that leaves declares itself over, and then looks into `granted`. So at least one of the
+   two sees the other, and removing the item from `granted` is the claim to it.
+5. *First-in first-out.* Waiters are removed from the front only. A caller takes an item without
+   waiting only if it sees nobody waiting.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice, repeat
+from itertools import repeat
 from math import inf
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -37,33 +42,31 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ._park import (
     FREE_THREADED,
     InvalidStateError,
+    current_task,
     current_token,
     enable_ki_protection,
+    end_wait,
     ki_protected,
+    running_loop,
     wait_with_timeout,
     wake,
+    wake_all,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from ._park import Waiter
 
 T = TypeVar("T")
 D = TypeVar("D")
 
-# What a waiter may still get: the item, its deadline, and two tickets that are drawn from the
-# right. A list, because drawing from it is atomic; an object that holds one takes longer to make.
-Claim = list[Any]
-_COLLECTS, _DECIDES = object(), object()
-new_claim: Callable[[], Claim] = [None, None, _COLLECTS, _DECIDES].copy
 
-
-class _Locked(OrderedDict[Any, Any]):
+class _LockedDict(OrderedDict[Any, Any]):
     """An OrderedDict whose operations are atomic even where the interpreter has no GIL.
 
-    Nothing but one C call runs under the lock, and it is re-entrant, so that a signal handler or
-    a finalizer may come in between.
+    The lock is held for one C call only. It is re-entrant, since a signal handler or a finalizer
+    may interrupt a call.
     """
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -80,194 +83,211 @@ class _Locked(OrderedDict[Any, Any]):
 
 
 _lock = threading.RLock()
-_Waiters: type[OrderedDict[Any, Any]] = _Locked if FREE_THREADED else OrderedDict
-_restocking: AbstractContextManager[object] = _lock if FREE_THREADED else nullcontext()
+_Waiters: type[OrderedDict[Any, Any]] = _LockedDict if FREE_THREADED else OrderedDict
+_bulk_lock: AbstractContextManager[object] = _lock if FREE_THREADED else nullcontext()
 
-# How many equal items are kept as items; the rest of them stays a number inside an iterator.
-_STOCK = 256
+# How many equal items are kept in `items`; the rest of them is a number inside of an iterator.
+_MAX_COPIES = 256
+
+_ABSENT = object()
 
 
 class HandoffQueue(Generic[T]):
-    """Items on one side, waiters on the other, never both for longer than one `dispatch`.
+    """Items on one side and waiters on the other, never both for longer than one `dispatch`.
 
-    Every method may be called from any thread, signal handler or finalizer, and never blocks.
+    Every plain method may be called from any thread, signal handler or finalizer, and never blocks.
+    An item is never None.
     """
 
-    __slots__ = ("items", "line", "reserves", "waiters")
+    __slots__ = ("bulk", "granted", "items", "waiters")
 
     def __init__(self, items: Iterable[T] = ()) -> None:
         enable_ki_protection()
-        # Free items. Taken from the right, so the last one returned is the first to be taken.
+        # Free items, taken from the right: the last one returned is the first one taken.
         self.items: deque[T] = deque(items)
-        # Everybody who waits, the oldest first. A waiter stands here from `join` until a matcher
-        # or the waiter itself removes it; being in here decides nothing, the tickets do.
-        self.waiters: OrderedDict[Waiter, Claim] = _Waiters()
-        # One entry for each who is inside `wait`: added before it can be seen in `waiters`, removed
-        # when it knows the outcome. So if this is empty nobody waits. A list, because nothing else
-        # has its truth told as fast: to ask `waiters` makes acquire and release take 4% longer.
-        self.line: list[None] = []
-        # Iterators over further free items, drawn upon when `items` runs out.
-        self.reserves: deque[Iterator[T]] = deque()
+        # Iterators over further free items, for when `items` is empty.
+        self.bulk: deque[Iterator[T]] = deque()
+        # The waiters, oldest first, each with its deadline; see `expire`. A waiter that was given
+        # an item is not in here, although it may not have run yet.
+        self.waiters: OrderedDict[Waiter, float | None] = _Waiters()
+        # Items that were given to waiters from outside of their event loop.
+        self.granted: dict[Waiter, T] = {}
 
     def free(self) -> int:
-        """Return how many items are free; no ``__len__``, since that may not exceed sys.maxsize."""
-        return len(self.items) + sum(length_hint(reserve) for reserve in self.reserves.copy())
+        """Return how many items are free. Not ``__len__``, which cannot exceed `sys.maxsize`."""
+        return len(self.items) + sum(length_hint(items) for items in self.bulk.copy())
+
+    def waiting(self) -> list[Waiter]:
+        """Return the waiters, the oldest first."""
+        while True:
+            try:
+                return list(self.waiters)
+            except RuntimeError:
+                pass  # changed by another thread
 
     @ki_protected
     def put(self, item: T) -> None:
-        """Add `item`: it goes to the oldest waiter, or is free."""
-        self.items.append(item)
+        """Add `item`: it goes to the oldest waiter, or is free.
+
+        `Semaphore.release` contains a copy of this.
+        """
         if self.waiters:
-            self.dispatch()
+            self.give(item)
+        else:
+            self.items.append(item)
+            if self.waiters:
+                self.dispatch()
 
     @ki_protected
     def put_many(self, item: T, n: int) -> None:
-        """Add `item` `n` times; the memory this takes does not depend on `n`."""
-        self.items.extend(repeat(item, min(n, _STOCK)))
-        if n > _STOCK:
-            self.reserves.append(repeat(item, n - _STOCK))
+        """Add `item` `n` times, in constant memory."""
+        self.items.extend(repeat(item, min(n, _MAX_COPIES)))
+        if n > _MAX_COPIES:
+            self.bulk.append(repeat(item, n - _MAX_COPIES))
         if self.waiters:
             self.dispatch()
 
     @ki_protected
     def get_nowait(self, default: D) -> T | D:
-        """Remove and return a free item, or `default`: none is free, or somebody waits for it."""
+        """Remove and return a free item, or return `default` if none is free or somebody waits.
+
+        `Semaphore.acquire` and `ConnectionPool.acquire` contain a copy of this.
+        """
         while not self.waiters:
             try:
                 return self.items.pop()
             except IndexError:
-                if not self._restock():
+                if not self.bulk:
                     break
+                item = self._pop_bulk()
+                if item is not None:
+                    return item
         return default
 
     @ki_protected
-    def join(self, waiter: Waiter, claim: Claim) -> None:
-        """Let `waiter` wait for an item. It may be granted one, and woken, before this returns.
+    def join(self, waiter: Waiter, deadline: float | None = None) -> None:
+        """Add `waiter`, which may be given an item before this returns.
 
-        Whatever ends its sleep, or this call, the waiter has to `leave`; only if nothing but a
-        grant can have ended it may it save itself the trouble.
-
-        :param claim: a new one
+        However its sleep ends, and also if this call is interrupted, the waiter has to `leave`,
+        unless the sleep returned an item.
         """
-        self.waiters[waiter] = claim
-        # In this order, in which `_restock` moves them, who does not look at the waiters.
-        if self.reserves or self.items:
+        self.waiters[waiter] = deadline
+        if self.items or self.bulk:
             self.dispatch()
 
     @ki_protected
-    def leave(self, waiter: Waiter, claim: Claim) -> bool:
-        """End the wait of `waiter`, which calls this itself, once, when it sleeps no more.
-
-        :return: True if it leaves with empty hands; False if it was granted ``claim[0]`` in the
-            meantime, which is now the caller's, to keep or to `put` back
-        """
-        ticket = claim.pop()
-        if ticket is _DECIDES:
-            self.waiters.pop(waiter, None)
-        # The deadline, if a matcher took the item back because our loop had closed.
-        return ticket is not _COLLECTS
+    def leave(self, waiter: Waiter) -> T | None:
+        """End the wait of `waiter`. Return the item that it was given meanwhile, or None."""
+        if self.waiters.pop(waiter, _ABSENT) is not _ABSENT:
+            return None
+        item: T | None = end_wait(waiter)
+        return self.granted.pop(waiter, None) if item is None else item
 
     @ki_protected
     async def wait(
         self, waiter: Waiter, timeout: float | None, default: D, deadline: float | None = None
     ) -> T | D:
-        """Wait in line for an item, with `waiter`, a new waiter of the task or thread that calls.
+        """Wait in FIFO order for an item. `Semaphore.acquire` contains a copy of this.
 
-        :param timeout: how many seconds at most; None: no limit
-        :param deadline: until when; but somebody else has to keep it, see `expire`
+        :param waiter: a new waiter of the calling task or thread
+        :param timeout: how many seconds to wait at most; None: no limit
+        :param deadline: when to stop waiting, on a clock that the caller of `expire` reads
         :return: the item, or `default` if there was none in time
         """
-        claim = new_claim()
-        claim[1] = deadline
-        line = self.line
-        line.append(None)
         try:
-            self.join(waiter, claim)
-            await (waiter if timeout is None else wait_with_timeout(waiter, timeout))
+            self.join(waiter, deadline)
+            item = await (waiter if timeout is None else wait_with_timeout(waiter, timeout))
+            if item is None:
+                item = self.leave(waiter)
         except BaseException:
-            if not self.leave(waiter, claim):
-                self.put(claim[0])
+            item = self.leave(waiter)
+            if item is not None:
+                self.put(item)
             raise
-        finally:
-            line.pop()
-        if (timeout is None and deadline is None) or not self.leave(waiter, claim):
-            item: T = claim[0]
-            return item
-        return default
+        return default if item is None else item
 
     def expire(self, now: float) -> float:
-        """Wake those whose `deadline` is over; return that of the next, or infinity.
+        """Wake the waiters whose deadline has passed. Return the next deadline, or infinity.
 
-        This saves each waiter a timer of its own, half of what its wait costs. They have to come in
-        the order of their deadlines: the same timeout, then, for all who give one.
+        This saves each waiter a timer of its own. Waiters with a deadline have to join in the order
+        of their deadlines, so they all need the same timeout.
         """
-        at = current_token()
+        expired: list[Waiter] = []
+        following = inf
         while True:
             try:
-                for waiter, claim in self.waiters.items():
-                    deadline = claim[1]
-                    if deadline is not None and deadline > now:
-                        return float(deadline)
+                for waiter, deadline in self.waiters.items():
                     if deadline is not None:
-                        wake(waiter, at)
+                        if deadline > now:
+                            following = deadline
+                            break
+                        expired.append(waiter)
             except RuntimeError:
-                continue  # another thread has changed it meanwhile; to wake twice does no harm
-            return inf
+                expired.clear()  # changed by another thread
+            else:
+                wake_all(expired)
+                return following
 
     @ki_protected
     def dispatch(self) -> None:
-        """Hand free items to waiters, the oldest first, until one of the two has run out."""
-        items, waiters, reserves = self.items, self.waiters, self.reserves
-        at = current_token()
-        # Items last: they may have come from the reserves meanwhile.
-        while waiters and (items or (reserves and self._restock()) or items):
+        """Give free items to waiters, the oldest first, until either side is empty."""
+        while self.waiters and (self.items or self.bulk):
             try:
-                item = items.pop()
+                item: T | None = self.items.pop()
             except IndexError:
-                continue  # another matcher was faster
-            try:
-                waiter, claim = waiters.popitem(False)
-            except KeyError:
-                self.give_back(item)
-                continue
-            # Cancelled, or out of time, but not run since: it will leave with empty hands.
-            if not waiter.done():
-                # In its place before the ticket is drawn: who comes too late for that may read it.
-                claim[0] = item
-                if claim.pop() is _DECIDES:
-                    # What `wake` does in the most common case, without the call.
-                    if waiter.get_loop() is at:
-                        try:
-                            waiter.set_result(None)
-                        except InvalidStateError:
-                            pass
-                        if reserves or items:
-                            continue
-                        return  # most often there is no other one
-                    if wake(waiter, at) or claim.pop() is not _COLLECTS:
-                        continue
-            self.give_back(item)
+                item = self._pop_bulk()
+            if item is not None:  # otherwise another dispatcher took it
+                self.give(item)
 
     @ki_protected
-    def give_back(self, item: T) -> None:
-        """Put back an item that a matcher took, but found nobody for. It will look again."""
+    def give(self, item: T) -> None:
+        """Give `item` to the oldest waiter, or put it back if there is none."""
+        token: object = running_loop()  # inlined: the most common case of `current_token`
+        if token is None or current_task(token) is None:
+            token = current_token()
+        waiters = self.waiters
+        try:
+            while True:
+                waiter, _ = waiters.popitem(False)
+                if waiter.get_loop() is token:
+                    try:
+                        waiter.set_result(item)  # type: ignore[union-attr]
+                    except InvalidStateError:
+                        continue  # cancelled or timed out, but not run since
+                    return
+                if self._grant(waiter, item):
+                    return
+        except KeyError:
+            self.put_back(item)
+
+    @ki_protected
+    def _grant(self, waiter: Waiter, item: T) -> bool:
+        """Give `item` to a waiter of another event loop or thread; False if it is over."""
+        if waiter.done():
+            return False
+        granted = self.granted
+        granted[waiter] = item
+        if waiter.done() or not wake(waiter):
+            return granted.pop(waiter, None) is None  # otherwise the waiter took it
+        return True
+
+    @ki_protected
+    def put_back(self, item: T) -> None:
+        """Return an item that was to be given, but there was no waiter."""
         self.items.append(item)
+        if self.waiters:
+            self.dispatch()
 
     @ki_protected
-    def _restock(self) -> bool:
-        """Move some items from the reserves to `items`, one atomic step each.
-
-        :return: False if there is nothing to move
-        """
-        while self.reserves:
-            with _restocking:
+    def _pop_bulk(self) -> T | None:
+        while self.bulk:
+            with _bulk_lock:
                 try:
-                    reserve = self.reserves[0]
-                    self.items.extend(islice(reserve, _STOCK))
-                    if not length_hint(reserve):
-                        self.reserves.remove(reserve)
+                    items = self.bulk[0]
+                    item = next(items, None)
+                    if item is not None:
+                        return item
+                    self.bulk.remove(items)
                 except (IndexError, ValueError):
-                    pass  # somebody else has emptied and removed it
-            if self.items:
-                return True
-        return False
+                    pass  # another thread removed it
+        return None

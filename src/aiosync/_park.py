@@ -1,16 +1,19 @@
-"""One blocked task or thread: how it goes to sleep, and how anybody wakes it.
+"""One blocked task or thread: how it sleeps, and how anything wakes it.
 
-This is the only file that knows asyncio, trio and OS threads, and so the only one that imports
-``asyncio``, ``trio`` or ``_thread``. It knows nothing of permits, rounds or queues.
+This is the only module that imports `asyncio`, `trio` or `_thread`. It knows nothing of permits,
+rounds or queues.
 
-A *waiter* stands for one sleep of one task or thread. Its owner creates it, shows it to others,
-and only then sleeps; from the moment it can be seen anybody may ring its bell, from any thread. The
-bell says "look again" and carries no data: what it announces has been decided, and stands
-elsewhere, before it is rung. So a bell that nobody hears any more loses nothing.
+A *waiter* stands for one sleep of one task or thread. Its owner creates it, publishes it, and then
+sleeps by awaiting it. From the moment it is published, any thread may wake it.
 
-The waiter of an asyncio task is a bare `asyncio.Future`, and the others speak those few words of
-its language that are needed. An object of our own around the future would be cleaner, and make a
-barrier's round take a tenth longer.
+- On the event loop of the waiter, a task wakes it with ``set_result(item)``, and the item is the
+  result of the ``await``. InvalidStateError says that the waiter is over: cancelled, timed out, or
+  woken before.
+- From anywhere else, `wake` makes the ``await`` return None, which means "look again": what the
+  waiter was given has been published elsewhere before.
+
+The waiter of an asyncio task is a bare `asyncio.Future`, which is the fastest. `TrioWaiter` and
+`ThreadWaiter` have those methods of a Future that are needed here.
 """
 
 from __future__ import annotations
@@ -21,12 +24,11 @@ from _thread import TIMEOUT_MAX, allocate_lock
 from asyncio import (
     AbstractEventLoop,
     BaseEventLoop,
+    BrokenBarrierError,
     Future,
+    InvalidStateError,
     _get_running_loop,
     get_running_loop,
-)
-from asyncio import (
-    InvalidStateError as InvalidStateError,  # noqa: PLC0414  (for `_handoff` too)
 )
 from contextvars import copy_context
 from time import monotonic
@@ -40,7 +42,13 @@ if TYPE_CHECKING:
 
     from trio.lowlevel import Abort, Task, TrioToken
 
+# For the modules above, which do not import asyncio themselves.
+__all__ = ["AsyncioBrokenBarrierError", "InvalidStateError", "current_task", "running_loop"]
+
 T = TypeVar("T")
+
+AsyncioBrokenBarrierError = BrokenBarrierError
+running_loop = _get_running_loop
 
 # Whether this interpreter may run without the GIL, so that one C call is not one atomic step.
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
@@ -48,22 +56,14 @@ FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 if sys.version_info >= (3, 12):
     from asyncio import current_task
 
-    _seems_to_run: Callable[[], object] = _get_running_loop
-else:  # Python 3.10 and 3.11, in which that is written in Python and takes four times as long
+    _may_run: Callable[[], object] = running_loop
+else:
+    # `asyncio.current_task` is written in Python here, and `running_loop` makes a system call.
     from asyncio.tasks import _current_tasks  # type: ignore[attr-defined,unused-ignore]
 
     current_task = _current_tasks.get
-    # `_get_running_loop` makes a system call each time; with it a checkpoint takes a tenth longer.
-    # This tells whether some event loop, on whichever thread, is running a task just now.
-    _seems_to_run = _current_tasks.__len__
-
-if sys.version_info >= (3, 11):
-    from asyncio import BrokenBarrierError
-
-    AsyncioBrokenBarrierError = BrokenBarrierError
-else:  # Python 3.10
-    # There is no asyncio.Barrier yet; this is what the class would be derived from.
-    AsyncioBrokenBarrierError = RuntimeError
+    # Whether any event loop, on whichever thread, is running a task just now.
+    _may_run = _current_tasks.__len__
 
 
 F = TypeVar("F", bound="Callable[..., object]")
@@ -74,33 +74,37 @@ _ki_protected: list[Callable[..., object]] = []
 
 
 def ki_protected(function: F) -> F:
-    """Let no KeyboardInterrupt of trio's come in the middle of `function`, but at a checkpoint.
+    """Protect `function` from trio's KeyboardInterrupt, except at its checkpoints.
 
-    As in trio's own primitives; it costs nothing, since trio takes note of the code only. Outside
-    of trio nobody can promise this.
+    This is what `trio.lowlevel.enable_ki_protection` does for trio's own primitives. It is free:
+    trio only records the code object. Without trio, KeyboardInterrupt can be raised anywhere.
     """
     _ki_protected.append(function)
     return function
 
 
 def enable_ki_protection() -> None:
-    """Tell trio which functions are ki_protected, if it is there, and has not been told before.
+    """Pass the functions marked as `ki_protected` to trio, if it is imported.
 
-    To be called when an object is made. One that was made before trio was imported is protected
-    from the first checkpoint or wait under trio on.
+    Called whenever an object is created. An object that was created before trio was imported is
+    protected from its first checkpoint or wait under trio on.
     """
     enable = getattr(_modules.get("trio.lowlevel"), "enable_ki_protection", None)
     while enable is not None and _ki_protected:
         try:
             enable(_ki_protected.pop())
         except IndexError:
-            pass  # another thread was faster
+            pass  # another thread took it
+
+
+# What an awaitable that never yields iterates over.
+_NOTHING_TO_AWAIT: Generator[Any, None, None] = iter(())  # type: ignore[assignment]
 
 
 class TrioWaiter:
-    """A task of a trio run."""
+    """A task of a trio run; only `wake_threadsafe` may be called from other threads."""
 
-    __slots__ = ("_aborted", "_asleep", "_lowlevel", "_task", "_token")
+    __slots__ = ("_asleep", "_item", "_lowlevel", "_over", "_task", "_token")
 
     def __init__(self, lowlevel: Any) -> None:
         if _ki_protected:
@@ -108,193 +112,211 @@ class TrioWaiter:
         self._lowlevel = lowlevel
         self._task: Task = lowlevel.current_task()
         self._token: TrioToken = lowlevel.current_trio_token()
-        # Holds an entry from just before the task yields until somebody removes it, and so claims
-        # the right to reschedule the task, once. Touched on the thread of the trio run only, but by
-        # signal handlers as well.
+        # Has an entry while the task sleeps. Removing it is the claim to reschedule the task, since
+        # a signal handler may try to do so in the middle of another attempt.
         self._asleep: list[bool] = []
-        self._aborted = False
+        self._over = False
+        self._item: Any = None
 
-    def __await__(self) -> Generator[Any, None, None]:
+    @ki_protected
+    def __await__(self) -> Generator[Any, Any, Any]:
         self._asleep.append(True)
-        try:
-            yield from self._lowlevel.wait_task_rescheduled(self._abort).__await__()
-        finally:
-            # If KeyboardInterrupt comes before it sleeps, no late bell may disturb its next sleep.
-            self._asleep.clear()
+        sleep: Any = self._lowlevel.wait_task_rescheduled(self._abort)
+        generator: Generator[Any, Any, Any] = sleep.__await__()
+        return generator
 
+    @ki_protected
     def _abort(self, raise_cancel: object) -> Abort:
         abort: type[Abort] = self._lowlevel.Abort
         try:
             self._asleep.pop()
         except IndexError:
-            return abort.FAILED  # a signal handler is rescheduling it just now
-        self._aborted = True
+            return abort.FAILED  # a signal handler is rescheduling the task
+        self._over = True
         return abort.SUCCEEDED
 
-    async def wait_with_timeout(self, timeout: float) -> None:
+    @ki_protected
+    async def wait_with_timeout(self, timeout: float) -> Any:
         with _modules["trio"].move_on_after(timeout):
-            await self
+            return await self
 
     def done(self) -> bool:
-        return self._aborted
+        return self._over
+
+    @ki_protected
+    def end(self) -> Any:
+        """See `end_wait`."""
+        self._over = True
+        self._asleep.clear()
+        return self._item
 
     def get_loop(self) -> object:
         return self._token
 
-    def set_result(self, result: None) -> None:
-        # A signal handler may have interrupted this very task just before it falls asleep, or trio
-        # in the middle of cancelling it; then trio must get through with that first.
-        # (These are private. There is no other way to ask as fast, but to do without is safe.)
+    @ki_protected
+    def set_result(self, result: object) -> None:
         task: Any = self._task
+        # A signal handler may have interrupted the task just before it sleeps, or trio while it
+        # cancels the task: then trio has to finish first. These attributes are private; a version
+        # of trio without them takes the slower way, which is safe too.
         try:
-            at_rest = (
+            may_reschedule = (
                 task._abort_func is not None
                 and not task._cancel_status.effectively_cancelled
                 and not task._runner.ki_pending
             )
-        except AttributeError:  # another version of trio
-            at_rest = False
-        if not at_rest:
-            self.wake_threadsafe()
-            return
-        try:  # the same as `_wake`, without the call
-            self._asleep.pop()
-        except IndexError:
-            return
-        self._lowlevel.reschedule(task)
+        except AttributeError:
+            may_reschedule = False
+        if may_reschedule:
+            try:
+                self._asleep.pop()
+            except IndexError:
+                may_reschedule = False
+        if self._over:
+            raise InvalidStateError
+        self._item = result
+        if may_reschedule:
+            self._lowlevel.reschedule(task, _modules["outcome"].Value(result))
+        else:
+            self._token.run_sync_soon(self._wake)
 
     def wake_threadsafe(self) -> None:
         self._token.run_sync_soon(self._wake)
 
+    @ki_protected
     def _wake(self) -> None:
         try:
             self._asleep.pop()
         except IndexError:
-            return  # rung before, or cancelled
-        self._lowlevel.reschedule(self._task)
+            return  # woken or cancelled before
+        self._lowlevel.reschedule(self._task, _modules["outcome"].Value(self._item))
 
 
 class ThreadWaiter:
-    """An OS thread, asleep on a raw lock of its own.
+    """An OS thread, which sleeps on a lock of its own.
 
-    To await it blocks the thread and never yields, so that `run_in_thread` can run the very code
-    that tasks run.
+    Awaiting it blocks the thread and never yields, so that `run_in_thread` runs the same coroutines
+    as tasks do. A thread is never woken with an item: it runs at the same time as its waker.
     """
 
-    __slots__ = ("_lock",)
+    __slots__ = ("_lock", "_over")
 
     def __init__(self) -> None:
-        bell = self._lock = allocate_lock()
-        bell.acquire()
+        lock = self._lock = allocate_lock()
+        lock.acquire()
+        self._over = False
 
     def __await__(self) -> Generator[Any, None, None]:
         self._lock.acquire()
-        nothing: Generator[Any, None, None] = _NOTHING_TO_AWAIT
-        return nothing
+        return _NOTHING_TO_AWAIT
 
     async def wait_with_timeout(self, timeout: float) -> None:
         self._lock.acquire(True, min(timeout, TIMEOUT_MAX))
 
     def done(self) -> bool:
-        return False
+        return self._over
+
+    def end(self) -> None:
+        """See `end_wait`."""
+        self._over = True
 
     def get_loop(self) -> object:
-        return None
+        return _NO_LOOP
 
-    def set_result(self, result: None = None) -> None:
+    def wake_threadsafe(self) -> None:
         try:
             self._lock.release()
         except RuntimeError:
-            pass  # rung before
-
-    wake_threadsafe = set_result
+            pass  # woken before
 
 
-_NOTHING_TO_AWAIT: Any = iter(())
+_NO_LOOP = object()
 
-# How long, in seconds, a `PollingThreadWaiter` sleeps until it looks around.
+# How often, in seconds, a `PollingThreadWaiter` calls its function.
 _POLL_INTERVAL = 0.5
 
 
 class PollingThreadWaiter(ThreadWaiter):
-    """A thread that looks around now and then while it sleeps, and need not sleep on.
+    """A thread that calls a function now and then while it sleeps.
 
-    :param look: called without arguments every half second, and before a timeout; what it raises
-        ends the sleep
+    :param poll: called without arguments every half second; an exception that it raises ends the
+        sleep
     """
 
-    __slots__ = ("_look",)
+    __slots__ = ("_poll",)
 
-    def __init__(self, look: Callable[[], object]) -> None:
+    def __init__(self, poll: Callable[[], object]) -> None:
         super().__init__()
-        self._look = look
+        self._poll = poll
 
     def __await__(self) -> Generator[Any, None, None]:
         while not self._lock.acquire(True, _POLL_INTERVAL):
-            self._look()
-        nothing: Generator[Any, None, None] = _NOTHING_TO_AWAIT
-        return nothing
+            self._poll()
+        return _NOTHING_TO_AWAIT
 
     async def wait_with_timeout(self, timeout: float) -> None:
-        deadline = monotonic() + timeout
+        # Counted down, not read from a clock: `time.monotonic` may be frozen by a test.
         while timeout > 0 and not self._lock.acquire(True, min(timeout, _POLL_INTERVAL)):
-            self._look()
-            timeout = deadline - monotonic()
+            timeout -= _POLL_INTERVAL
+            self._poll()
 
 
-def thread_waiter(look: Callable[[], object] | None = None) -> ThreadWaiter:
-    """Return a new waiter for the thread that calls.
+Waiter = Union["Future[Any]", TrioWaiter, ThreadWaiter]
 
-    :param look: see `PollingThreadWaiter`; None: it sleeps until it is woken
+
+def thread_waiter(poll: Callable[[], object] | None = None) -> ThreadWaiter:
+    """Return a new waiter for the calling thread.
+
+    :param poll: see `PollingThreadWaiter`; None: the thread sleeps until it is woken
     :raises RuntimeError: if an event loop is running on this thread, which would freeze
     """
-    if _get_running_loop() is not None or _running_trio() is not None:
+    if running_loop() is not None or _running_trio() is not None:
         raise RuntimeError(
             "this would block the event loop that is running on this thread: await the acquire(), "
             "wait() or connection() of the shared object itself, or do not wait (blocking=False)"
         )
-    return ThreadWaiter() if look is None else PollingThreadWaiter(look)
-
-
-# What every waiter does, in the words of asyncio.Future:
-#   await waiter       Sleep until the bell rings. Once, and by the owner. A cancellation is
-#                       raised, never swallowed; so is an exception from a signal handler.
-#   done()              Whether the owner was cancelled, or its bell has rung because its time was
-#                       over, so that it will leave as soon as its loop runs it. (If both happen, an
-#                       asyncio.Future knows of the first only.)
-#                       Exact on the thread of that loop. From elsewhere a False may be out of date:
-#                       harmless, the owner finds out what was decided when it tries to leave.
-#   get_loop()          The event loop, the trio token or None (a thread).
-#   set_result(None)    Wake it from its own loop: only if `current_token` returned the same. More
-#                       than once does no harm; a Future raises InvalidStateError then.
-Waiter = Union["Future[None]", TrioWaiter, ThreadWaiter]
+    return ThreadWaiter() if poll is None else PollingThreadWaiter(poll)
 
 
 def task_waiter() -> Waiter:
-    """Return a new waiter for the task that calls.
+    """Return a new waiter for the calling task.
 
     :raises NoEventLoopError: if no asyncio or trio event loop is running on this thread
     """
-    if "trio" in _modules:  # what `_running_trio` asks first, without the call
+    if "trio" in _modules:  # inlined: the first test of `_running_trio`
         lowlevel = _running_trio()
         if lowlevel is not None:
             return TrioWaiter(lowlevel)
-    loop = _get_running_loop()
+    loop = running_loop()
     if loop is None:
         raise _no_event_loop()
     return Future(loop=loop)
 
 
-async def wait_with_timeout(waiter: Waiter, timeout: float) -> None:
-    """Sleep until the bell rings or `timeout` seconds have passed; which of the two: look."""
+async def wait_with_timeout(waiter: Waiter, timeout: float) -> Any:
+    """Await `waiter`, for at most `timeout` seconds; return None when the time is over."""
     if not isinstance(waiter, Future):
-        await waiter.wait_with_timeout(timeout)
-        return
+        return await waiter.wait_with_timeout(timeout)
     timer = waiter.get_loop().call_later(timeout, _wake, waiter)
     try:
-        await waiter
+        return await waiter
     finally:
         timer.cancel()
+
+
+@ki_protected
+def end_wait(waiter: Waiter) -> Any:
+    """Declare `waiter` over, so that nothing can be given to it from now on.
+
+    Called by its owner. Returns the item that `set_result` gave to it before, or None.
+    """
+    if not isinstance(waiter, Future):
+        return waiter.end()
+    try:
+        waiter.cancel()
+    except RuntimeError:
+        pass  # its event loop is closed, so no task can be woken; it is cancelled all the same
+    return None if waiter.cancelled() else waiter.result()
 
 
 def run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -312,14 +334,13 @@ def run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def current_token() -> object:
-    """Return the event loop, or the trio token, whose task is being run; None if there is none.
+    """Return the running event loop (asyncio) or TrioToken (trio) if a task is being run.
 
-    Its other tasks may be woken directly. Not so from a mere callback of the same loop: that may be
-    a signal handler or a finalizer, run while the loop sits in select(); then only a thread-safe
-    call is heard, because it writes to the loop's pipe. After a step of a task the loop is certain
-    to look at its ready queue.
+    None otherwise: also in a callback of the loop, which may be a signal handler or a finalizer
+    that runs while the loop waits in select(). Only a thread-safe call wakes the loop there, since
+    it writes to the loop's pipe. After a step of a task, the loop looks at its ready queue anyway.
     """
-    loop = _get_running_loop()
+    loop = running_loop()
     if loop is not None and current_task(loop) is not None:
         return loop
     lowlevel = _running_trio()
@@ -334,19 +355,11 @@ def current_token() -> object:
 
 
 @ki_protected
-def wake(waiter: Waiter, at: object) -> bool:
-    """Ring the bell of `waiter`, from any thread.
+def wake(waiter: Waiter) -> bool:
+    """Make the ``await`` of `waiter` return None, from any thread.
 
-    :param at: what `current_token` returned in this very step
-    :return: False if nobody is left to hear it, because the event loop has closed
+    :return: False if the event loop of the waiter is closed
     """
-    loop = waiter.get_loop()
-    if loop is at:
-        try:
-            waiter.set_result(None)
-        except InvalidStateError:
-            pass  # it was cancelled, or its time was over
-        return True
     try:
         if isinstance(waiter, Future):
             waiter.get_loop().call_soon_threadsafe(_wake, waiter)
@@ -359,71 +372,69 @@ def wake(waiter: Waiter, at: object) -> bool:
 
 @ki_protected
 def wake_all(waiters: Iterable[Waiter]) -> None:
-    """Ring the bells of all `waiters`, in their order, from any thread."""
-    at = current_token()
+    """Do the same for all `waiters`, in their order, and faster on their own event loop."""
+    token = current_token()
     for waiter in waiters:
-        # What `wake` does in the most common case, without the call.
-        if waiter.get_loop() is at:
+        if waiter.get_loop() is token:
             try:
-                waiter.set_result(None)
+                waiter.set_result(None)  # type: ignore[union-attr]
             except InvalidStateError:
                 pass
         else:
-            wake(waiter, at)
+            wake(waiter)
 
 
 def is_abandoned(waiter: Waiter) -> bool:
-    """Tell whether the loop of `waiter` has closed, as far as can be seen without waking it."""
+    """Return whether the loop of `waiter` is closed, as far as that is known without waking it."""
     return isinstance(waiter, Future) and waiter.get_loop().is_closed()
 
 
-def _wake(future: Future[None]) -> None:
+def _wake(future: Future[Any]) -> None:
     if not future.done():
         future.set_result(None)
 
 
-def clock() -> Callable[[], float]:
-    """Return the clock of the running event loop: seconds, to be asked from any thread.
+def loop_clock() -> Callable[[], float]:
+    """Return the clock of the running event loop, in seconds; any thread may read it.
 
-    Virtual if that of the loop is.
+    It is virtual time if the loop runs on virtual time.
 
     :raises NoEventLoopError: if no asyncio or trio event loop is running on this thread
     """
     lowlevel = _running_trio()
     if lowlevel is not None:
-        tells: Callable[[], float] = lowlevel.current_clock().current_time
-        return tells
-    loop = _get_running_loop()
+        trio_clock: Callable[[], float] = lowlevel.current_clock().current_time
+        return trio_clock
+    loop = running_loop()
     if loop is None:
         raise _no_event_loop()
-    # The same clock, without the call in between.
+    # `BaseEventLoop.time` only calls `monotonic`.
     return monotonic if type(loop).time is BaseEventLoop.time else loop.time
 
 
-def locate() -> Callable[[], object]:
-    """Return a fast function that returns what `current_token` does now, as long as the loop runs.
+def token_getter() -> Callable[[], object]:
+    """Return a function that is a faster `current_token` for tasks of the running event loop.
 
-    Both are to be called by a task. It returns the same as `current_token` does now, and on
-    another event loop something else.
+    On any other event loop it returns something else.
     """
-    # With trio about it may be a guest of the same asyncio loop.
-    return current_token if "trio" in _modules else _get_running_loop
+    # Trio in guest mode runs inside of an asyncio loop, so both can be running on one thread.
+    return current_token if "trio" in _modules else running_loop
 
 
-# The event loop holds its tasks by weak references only.
+# Strong references: an event loop holds its tasks by weak ones only.
 _background: set[AsyncioTask[None]] = set()
 
 
 def start_background_task(
     work: Callable[[], Coroutine[Any, Any, None]], name: str, end: Callable[[], None]
 ) -> None:
-    """Run `work` in a task of the running event loop that belongs to no other task.
+    """Run `work` in a task of the running event loop that has no parent task.
 
-    It is cancelled when the loop ends. No cancel scope is around it, so that it may be started by
-    one task and ended by another, as fixtures of tests and frameworks do it.
+    It is cancelled when the loop ends. It is in no cancel scope, so it may be started by one task
+    and ended by another, as fixtures of test frameworks do.
 
-    :param end: called, by the event loop, when the task has ended; also if it has never begun,
-        because it was cancelled natively before
+    :param end: called on the event loop when the task has ended, also if it was cancelled natively
+        before it started
     """
     lowlevel = _running_trio()
     if lowlevel is not None:
@@ -438,7 +449,7 @@ def start_background_task(
         return
     task = get_running_loop().create_task(work(), name=name)
     for old in list(_background):
-        if old.get_loop().is_closed():  # without a word to its tasks
+        if old.get_loop().is_closed():
             _background.discard(old)
     _background.add(task)
     task.add_done_callback(_background.discard)
@@ -446,7 +457,7 @@ def start_background_task(
 
 
 def loop_ended(loop: object) -> bool:
-    """Tell whether `loop`, which `current_token` returned once, will never run a task again."""
+    """Return whether `loop`, a result of `current_token`, will never run a task again."""
     try:
         if isinstance(loop, AbstractEventLoop):
             return loop.is_closed()
@@ -462,10 +473,10 @@ def _noop() -> None:
 
 
 async def wait_shielded(done: Callable[[], bool], waiters: list[Waiter]) -> None:
-    """Wait until ``done()``, whoever cancels this; a cancellation is raised afterwards.
+    """Wait until ``done()`` is true, and raise a cancellation only after that.
 
-    :param waiters: to whom a waiter is added before `done` is asked; to be woken when it has
-        become true
+    :param waiters: a waiter is added to them before each call of `done`; they have to be woken when
+        `done` becomes true
     """
     cancellation: BaseException | None = None
     with CancelScope(shield=True):
@@ -476,23 +487,23 @@ async def wait_shielded(done: Callable[[], bool], waiters: list[Waiter]) -> None
                 try:
                     waiters.remove(waiter)
                 except ValueError:
-                    pass  # it is being woken just now
+                    pass  # it is being woken
                 break
             try:
                 await waiter
             except GeneratorExit:
-                raise  # nobody runs us any more, so we can't wait
-            except BaseException as error:  # a native one, which no shield holds off
+                raise  # the coroutine is being closed and cannot wait
+            except BaseException as error:  # native, so not held off by the shield
                 cancellation = error
     if cancellation is not None:
         try:
             raise cancellation
         finally:
-            del cancellation  # or else it would keep itself, by its traceback
+            del cancellation  # break the reference cycle through the traceback
 
 
 def checkpoint() -> Awaitable[None]:
-    """Return an awaitable that lets other tasks run, and raises a cancellation that is pending.
+    """Return an awaitable that lets other tasks run and raises a pending cancellation.
 
     :raises NoEventLoopError: if no asyncio or trio event loop is running on this thread
     """
@@ -502,14 +513,14 @@ def checkpoint() -> Awaitable[None]:
             enable_ki_protection()
         awaitable: Awaitable[None] = lowlevel.checkpoint()
         return awaitable
-    # A hint is enough: nothing is lost if somebody who runs this by hand is not told so.
-    if not _seems_to_run() and _get_running_loop() is None:
+    # `_may_run` is only a hint, but a faster one. Nothing is lost if the error is not raised.
+    if not _may_run() and running_loop() is None:
         raise _no_event_loop()
     return _YIELD_ONCE
 
 
 class _YieldOnce:
-    """What ``asyncio.sleep(0)`` awaits; without its coroutine."""
+    """What ``asyncio.sleep(0)`` awaits, without a coroutine around it."""
 
     __slots__ = ()
 
@@ -521,12 +532,10 @@ _YIELD_ONCE = _YieldOnce()
 
 
 def _running_trio() -> Any:
-    """Return trio.lowlevel if trio runs on this thread; never import it for those who do without.
+    """Return `trio.lowlevel` if trio is running on this thread, without importing trio.
 
-    To be asked before asyncio is: in trio's guest mode the host's loop is running as well. Trio
-    announces itself to sniffio, which it depends on; to ask trio itself (``in_trio_task()``) takes
-    nine times as long, longer than a whole acquire and release. Without trio sniffio may be there
-    too, and has nothing to say that is worth the time: a tenth of a barrier's round.
+    Call it before asking asyncio: in guest mode both are running. It asks sniffio, which trio
+    depends on and tells, because ``trio.lowlevel.in_trio_task()`` takes much longer.
     """
     if "trio" not in _modules:
         return None
@@ -534,7 +543,7 @@ def _running_trio() -> Any:
         if _modules["sniffio"].thread_local.name == "trio":
             return _modules["trio.lowlevel"]
     except (AttributeError, KeyError):
-        pass  # another thread is importing them just now, so trio does not run on this one
+        pass  # another thread is importing them
     return None
 
 

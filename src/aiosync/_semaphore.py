@@ -1,151 +1,186 @@
 """Semaphore and BoundedSemaphore: a `HandoffQueue` of permits.
 
-What must live here: what a permit means to a user (arguments, results, errors, checkpoints). Who
-gets one is decided in `_handoff`, how somebody sleeps in `_park`.
+What a permit means to a user: arguments, results, errors, checkpoints. `_handoff` decides who gets
+a permit, and `_park` knows how a task or thread sleeps.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
 
-from anyio import SemaphoreStatistics, WouldBlock
+from anyio import WouldBlock
 
-from ._errors import NotCopied, check_count, normalize_timeout
+from ._errors import NotCopied, check_count, check_name, normalize_timeout, refuse_with
 from ._handoff import HandoffQueue
-from ._park import checkpoint, ki_protected, task_waiter, thread_waiter
+from ._park import ThreadWaiter, checkpoint, ki_protected, task_waiter, thread_waiter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
     from types import TracebackType
+    from typing import SupportsIndex
 
     from ._park import Waiter
 
-# All permits are equal. A permit is True, so that taking one is at once the answer of `acquire`.
+# All permits are equal. A permit is True, so that a permit is at once the result of `acquire`.
 _PERMIT = True
+# Tested by identity, since ``1.0 == 1``.
+_ONE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SemaphoreStatistics:
+    """What `Semaphore.statistics` returns: a snapshot."""
+
+    value: int
+    """How many permits are free."""
+    tasks_waiting: int
+    """How many tasks wait for a permit. A cancelled task counts until its event loop has run it."""
+    threads_waiting: int
+    """How many threads wait for a permit."""
+
+    @property
+    def waiting(self) -> int:
+        """How many tasks and threads wait for a permit."""
+        return self.tasks_waiting + self.threads_waiting
 
 
 class Semaphore(NotCopied):
-    """A number of permits that tasks and threads share; who finds none waits in line.
+    """A number of permits shared by tasks and threads, with waiters served in FIFO order.
 
-    One object serves tasks of any number of asyncio and trio event loops, at the same time. It may
-    be created anywhere: at import time, in a thread, before any event loop runs. Waiters are
-    served strictly in the order in which they came; a permit that is released while somebody waits
-    is handed over at once, and can't be snatched by a newcomer. ``Semaphore()`` is a lock that
-    anybody may release.
+    One object serves tasks of any number of asyncio and trio event loops at the same time. It may
+    be created anywhere: at import time, in a thread, before any event loop runs. A permit that is
+    released while somebody waits is handed to the oldest waiter at once; a newcomer cannot take it.
+    ``Semaphore()`` is a lock that anybody may release.
 
-    The semantics are those of `threading.Semaphore`, with `acquire` to be awaited.
+    The semantics are those of `threading.Semaphore`, with an `acquire` to be awaited.
 
-    :param value: how many permits there are to begin with, 0 or more
-    :param fast_acquire: if True, `acquire` does not yield to the event loop when it finds a permit
-        free. Faster, but a task that only ever finds free permits then never lets others run. The
+    :param value: the initial number of permits, 0 or more
+    :param fast_acquire: if True, `acquire` does not yield to the event loop when a permit is free.
+        This is faster, but a task that only ever finds free permits never lets other tasks run. The
         same as in `anyio.Semaphore`.
-    :raises TypeError: if `value` is no int
+    :param name: appears in the repr and in errors
+    :raises TypeError: if `value` is not an integer, or `name` not a str
     :raises ValueError: if `value` is negative
     :raises OverflowError: if `value` is larger than `sys.maxsize`
     """
 
     __slots__ = (
         "__weakref__",
-        "_detour",
         "_fast_acquire",
         "_items",
-        "_line",
+        "_name",
         "_new_waiter",
         "_queue",
+        "_slow_path",
+        "_waiters",
     )
 
-    def __init__(self, value: int = 1, *, fast_acquire: bool = False) -> None:
+    def __init__(
+        self, value: SupportsIndex = 1, *, fast_acquire: bool = False, name: str | None = None
+    ) -> None:
         queue: HandoffQueue[bool] = HandoffQueue()
         queue.put_many(_PERMIT, _check_permits("value", value, 0))
-        self._share(queue, fast_acquire, task_waiter)
+        self._share(queue, fast_acquire, check_name(name), task_waiter)
 
     def _share(
-        self, queue: HandoffQueue[bool], fast_acquire: bool, new_waiter: Callable[[], Waiter]
+        self,
+        queue: HandoffQueue[bool],
+        fast_acquire: bool,
+        name: str | None,
+        new_waiter: Callable[[], Waiter],
     ) -> None:
         self._queue = queue
-        # The queue's own, for the common path: to go through the queue makes it half as long again.
+        # Those of the queue: the hot paths do without one attribute.
         self._items = queue.items
-        self._line = queue.line
+        self._waiters = queue.waiters
         self._fast_acquire = fast_acquire
-        # True if `acquire` may not simply take a free permit: while somebody waits, or always if it
-        # has to make a checkpoint. One truth test for both.
-        self._detour = queue.line if fast_acquire else True
+        # True if `acquire` must not simply take a free permit: while somebody waits, or always if
+        # it has to make a checkpoint. A single truth test for both.
+        self._slow_path = queue.waiters if fast_acquire else True
+        self._name = name
         self._new_waiter = new_waiter
 
     def _for_threads(self) -> Semaphore:
-        """Return a semaphore with the same state whose `acquire` blocks the thread that runs it."""
+        """Return a semaphore with the same state whose `acquire` blocks the calling thread."""
         twin = object.__new__(Semaphore)
-        twin._share(self._queue, True, thread_waiter)
+        twin._share(self._queue, True, self._name, thread_waiter)
         return twin
 
     @ki_protected
     async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
-        """Take a permit, waiting in line for one if there is none free.
+        """Take a permit, waiting in FIFO order if none is free.
 
-        May be called from any task under asyncio or trio. If it is cancelled, it has not taken a
-        permit: one that it had already been handed goes to the next in line. A free permit is taken
-        at once, in the order of the calls, and is given back if the checkpoint that follows (see
-        `fast_acquire`) is cancelled.
+        May be called by any task under asyncio or trio. If it is cancelled, no permit was taken: a
+        permit that it was already handed goes to the next waiter. A free permit is taken at once,
+        and is put back if the checkpoint that follows (see `fast_acquire`) is cancelled.
 
         Arguments and results are those of `threading.Semaphore.acquire`.
 
         :param blocking: if False, do not wait
         :param timeout: how many seconds to wait at most; 0 or less: do not wait; None: no limit
-        :return: True if a permit was taken, False if there was none (in time)
-        :raises ValueError: if `blocking` is False and there is a `timeout`, or if that is NaN
-        :raises TypeError: if `timeout` is no number
+        :return: True if a permit was taken, False if there was none in time
+        :raises ValueError: if `timeout` is given although `blocking` is False, or is NaN
+        :raises TypeError: if `blocking` is not a bool (0 and 1 pass), or `timeout` not a number
         :raises anyio.NoEventLoopError: if it has to wait, or to make a checkpoint, and is not run
             by asyncio or trio
         """
-        # What is awaited here could as well be left to `_acquire_slowly`. But each function on the
-        # way to a sleep makes a hand-off take 2 to 4% longer, and a checkpoint too. There are no
-        # local variables here, because they would do that to every fast acquire.
-        if self._detour or timeout is not None or not blocking:
-            if timeout is not None or not blocking:
-                return await self._acquire_slowly(blocking, timeout)
-            if self._line:
-                if self._items or self._queue.reserves:
-                    # Free all the same: who is in line has been granted one, and has not run yet.
+        if blocking is not True or timeout is not None:
+            return await self._acquire_slowly(blocking, timeout)
+        # Inlined: `HandoffQueue.get_nowait`, `_checkpoint` and `HandoffQueue.wait`. Each coroutine
+        # and each call counts here, see docs/performance.md.
+        if not self._slow_path:
+            try:
+                return self._items.pop()
+            except IndexError:
+                if self._queue.bulk:
                     return await self._acquire_slowly(True, None)
-                return await self._queue.wait(self._new_waiter(), None, False)
+        elif not self._waiters:
             try:
                 self._items.pop()
             except IndexError:
-                return await self._acquire_slowly(True, None)
-            if not self._fast_acquire:  # or else somebody waited, just a moment ago
-                try:
-                    await checkpoint()
-                except BaseException:
-                    self._queue.put(_PERMIT)
-                    raise
-            return True
+                if self._queue.bulk:
+                    return await self._acquire_slowly(True, None)
+            else:
+                if not self._fast_acquire:  # otherwise the last waiter has just left
+                    try:
+                        await checkpoint()
+                    except BaseException:
+                        self._queue.put(_PERMIT)
+                        raise
+                return True
+        waiter = self._new_waiter()
         try:
-            return self._items.pop()
-        except IndexError:
-            return await self._acquire_slowly(True, None)
+            self._waiters[waiter] = None
+            if self._items or self._queue.bulk:
+                self._queue.dispatch()
+            return await waiter or self._queue.leave(waiter) is True
+        except BaseException:
+            if self._queue.leave(waiter):
+                self._queue.put(_PERMIT)
+            raise
 
     @ki_protected
-    def _acquire_slowly(self, blocking: bool, timeout: float | None) -> Coroutine[Any, Any, bool]:
-        """Return what `acquire` has to await, at once."""
-        if timeout is not None or not blocking:
-            timeout = normalize_timeout(blocking, timeout)
+    async def _acquire_slowly(self, blocking: bool, timeout: float | None) -> bool:
+        timeout = normalize_timeout(blocking, timeout)
         acquired = self._queue.get_nowait(False)
-        if acquired or timeout == 0:
-            return self._answer(acquired)
-        return self._queue.wait(self._new_waiter(), timeout, False)
+        if not acquired and timeout != 0:
+            return await self._queue.wait(self._new_waiter(), timeout, False)
+        if not self._fast_acquire:
+            await self._checkpoint(acquired)
+        return acquired
 
     @ki_protected
-    async def _answer(self, acquired: bool) -> bool:
-        if not self._fast_acquire:
-            try:
-                await checkpoint()
-            except BaseException:
-                if acquired:
-                    self._queue.put(_PERMIT)
-                raise
-        return acquired
+    async def _checkpoint(self, acquired: bool) -> None:
+        """Make a checkpoint, and undo the acquire if that is cancelled."""
+        try:
+            await checkpoint()
+        except BaseException:
+            if acquired:
+                self._queue.put(_PERMIT)
+            raise
 
     @ki_protected
     def acquire_nowait(self) -> None:
@@ -154,33 +189,38 @@ class Semaphore(NotCopied):
         May be called from anywhere, including threads, signal handlers and finalizers. The same as
         `anyio.Semaphore.acquire_nowait` and `trio.Semaphore.acquire_nowait`.
 
-        :raises anyio.WouldBlock: if there is none
+        :raises anyio.WouldBlock: if no permit is free
         """
         if not self._queue.get_nowait(False):
             raise WouldBlock
 
     @ki_protected
-    def release(self, n: int = 1) -> None:
-        """Give back `n` permits: the first `n` in line get one each, the rest are free.
+    def release(self, n: SupportsIndex = 1) -> None:
+        """Give back `n` permits: the `n` oldest waiters get one each, the rest are free.
 
         May be called from anywhere: any task, whether it acquired or not, any thread, a signal
         handler, a finalizer. Never blocks. The same as `threading.Semaphore.release`.
 
         :param n: how many, 1 or more
         :raises ValueError: if `n` is smaller than 1
-        :raises TypeError: if `n` is no int
+        :raises TypeError: if `n` is not an integer
         :raises OverflowError: if `n` is larger than `sys.maxsize`
         """
-        if n == 1:
-            self._items.append(True)  # a permit; a constant, unlike the name of one
-            if self._line:
-                self._queue.dispatch()
+        if n is _ONE:
+            # Inlined: `HandoffQueue.put`.
+            if self._waiters:
+                self._queue.give(True)
+            else:
+                self._items.append(True)
+                if self._waiters:
+                    self._queue.dispatch()
         else:
             self._queue.put_many(_PERMIT, _check_permits("n", n, 1))
 
-    def __aenter__(self) -> Coroutine[Any, Any, bool]:
+    @ki_protected
+    async def __aenter__(self) -> bool:
         """Do what ``acquire()`` does."""
-        return self.acquire()
+        return await self.acquire()
 
     @ki_protected
     async def __aexit__(
@@ -192,26 +232,41 @@ class Semaphore(NotCopied):
         """Do what ``release()`` does; there is nothing to wait for."""
         self.release()
 
+    def __enter__(self) -> NoReturn:
+        """Raise TypeError: a task uses ``async with``, a thread ``with as_threading(...)``."""
+        refuse_with(self)
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Is never called."""
+
     def locked(self) -> bool:
-        """Tell whether `acquire` would have to wait. The same as `asyncio.Semaphore.locked`."""
-        return bool(self._queue.waiters) or not self._queue.free()
+        """Return whether `acquire` would have to wait. The same as `asyncio.Semaphore.locked`."""
+        return bool(self._waiters) or not self._queue.free()
 
     @property
     def value(self) -> int:
         """How many permits are free. The same as in `anyio.Semaphore` and `trio.Semaphore`."""
         return self._queue.free()
 
-    def statistics(self) -> SemaphoreStatistics:
-        """Return how many wait, tasks and threads counted alike. As `anyio.Semaphore.statistics`.
+    @property
+    def name(self) -> str | None:
+        """The name that was given to it, or None."""
+        return self._name
 
-        One that was cancelled counts until its event loop has run it.
+    def statistics(self) -> SemaphoreStatistics:
+        """Return how many permits are free, and how many tasks and threads wait.
+
+        May be called from anywhere. Compare `anyio.Semaphore.statistics`.
         """
-        return SemaphoreStatistics(tasks_waiting=len(self._queue.waiters))
+        waiters = self._queue.waiting()
+        threads = sum(isinstance(waiter, ThreadWaiter) for waiter in waiters)
+        return SemaphoreStatistics(self.value, len(waiters) - threads, threads)
 
     def __repr__(self) -> str:
+        name = "" if self._name is None else f" {self._name!r}"
         return (
-            f"<aiosync.{type(self).__name__} value={self.value} waiters={len(self._queue.waiters)} "
-            f"at {id(self):#x}>"
+            f"<aiosync.{type(self).__name__}{name} value={self.value} "
+            f"waiters={len(self._waiters)} at {id(self):#x}>"
         )
 
 
@@ -223,33 +278,29 @@ class BoundedSemaphore(Semaphore):
 
     __slots__ = ("_bound", "_held")
 
-    def __init__(self, value: int = 1, *, fast_acquire: bool = False) -> None:
-        super().__init__(value, fast_acquire=fast_acquire)
-        self._bound = value
-        # One entry for each permit that was acquired. To remove one is to claim the right to
-        # release: of two threads that release the same permit one finds none.
+    def __init__(
+        self, value: SupportsIndex = 1, *, fast_acquire: bool = False, name: str | None = None
+    ) -> None:
+        super().__init__(value, fast_acquire=fast_acquire, name=name)
+        self._bound = self.value
+        # One entry for each permit that was acquired. Removing one is the claim to release: if two
+        # threads release the same permit, one of them finds no entry.
         self._held: deque[bool] = deque()
 
     def _for_threads(self) -> BoundedSemaphore:
         twin = object.__new__(BoundedSemaphore)
-        twin._share(self._queue, True, thread_waiter)
+        twin._share(self._queue, True, self._name, thread_waiter)
+        twin._bound = self._bound
         twin._held = self._held
         return twin
 
     @ki_protected
     async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """See `Semaphore.acquire`."""
-        # The common path stands here again: to await the one of the base class takes half as
-        # long again.
-        if not self._detour and blocking and timeout is None:
-            try:
-                permit = self._items.pop()
-            except IndexError:
-                pass
-            else:
-                self._held.append(permit)
-                return permit
-        acquired = await super().acquire(blocking, timeout)
+        if self._fast_acquire and blocking is True and timeout is None:
+            acquired = self._queue.get_nowait(False) or await super().acquire()
+        else:
+            acquired = await super().acquire(blocking, timeout)
         if acquired:
             self._held.append(_PERMIT)
         return acquired
@@ -261,49 +312,45 @@ class BoundedSemaphore(Semaphore):
         self._held.append(_PERMIT)
 
     @ki_protected
-    def release(self, n: int = 1) -> None:
+    def release(self, n: SupportsIndex = 1) -> None:
         """See `Semaphore.release`; releases all of `n` or nothing.
 
-        :raises ValueError: also if fewer than `n` permits are held. (If several threads release
-            too often at the same instant, at least one of them gets this.)
+        :raises ValueError: also if fewer than `n` permits are held. If several threads release too
+            often at the same instant, at least one of them gets it.
         """
-        if n != 1:
-            _check_permits("n", n, 1)
-            self._claim(n)
+        if n is not _ONE:
+            self._claim(_check_permits("n", n, 1))
             super().release(n)
             return
         try:
             self._held.pop()
         except IndexError:
-            raise _released_too_often(1, 0) from None
-        self._items.append(_PERMIT)
-        if self._line:
-            self._queue.dispatch()
+            raise self._released_too_often(1, 0) from None
+        self._queue.put(_PERMIT)
 
     @ki_protected
     def _claim(self, n: int) -> None:
-        """Remove `n` entries from `_held`, or none and raise ValueError."""
+        """Remove `n` entries from `_held`, or remove none and raise ValueError."""
         held = self._held
         claimed = 0
-        # Looked at first, because to claim in vain keeps others from claiming in the meantime.
+        # Check first: a failed claim briefly hides entries from other threads.
         if len(held) >= n:
             try:
                 while claimed < n:
                     held.pop()
                     claimed += 1
-            except IndexError:  # another thread took what we have seen
+            except IndexError:  # another thread took them
                 held.extend([_PERMIT] * claimed)
         if claimed < n:
-            raise _released_too_often(n, len(held))
+            raise self._released_too_often(n, len(held))
+
+    def _released_too_often(self, n: int, held: int) -> ValueError:
+        name = "semaphore" if self._name is None else f"semaphore {self._name!r}"
+        return ValueError(f"{name} released too often (n={n}, held={held}, bound={self._bound})")
 
 
-def _check_permits(name: str, value: int, least: int) -> int:
-    if check_count(name, value, least) > sys.maxsize:
-        raise OverflowError(f"{name} must be at most sys.maxsize, not {value}")
-    return value
-
-
-def _released_too_often(n: int, held: int) -> ValueError:
-    return ValueError(
-        f"released too often: {n} given back, {held} held; a release needs a successful acquire"
-    )
+def _check_permits(name: str, value: SupportsIndex, least: int) -> int:
+    number = check_count(name, value, least)
+    if number > sys.maxsize:
+        raise OverflowError(f"{name} must be at most sys.maxsize, not {number}")
+    return number

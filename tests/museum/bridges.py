@@ -47,7 +47,7 @@ class OurShared:
         self.semaphore.release()
 
     def waiting(self) -> bool:
-        return self.semaphore.statistics().tasks_waiting > 0
+        return self.semaphore.statistics().waiting > 0
 
     def take_all(self) -> int:
         taken = 0

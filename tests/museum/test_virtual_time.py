@@ -25,7 +25,7 @@ def test_a_semaphore_waits_as_long_as_it_was_told() -> None:
         assert not scope.cancelled_caught
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
-    assert semaphore.statistics().tasks_waiting == 0
+    assert semaphore.statistics().waiting == 0
 
 
 def test_a_grant_at_the_very_end_of_the_timeout_is_a_grant_or_is_not() -> None:

@@ -23,13 +23,13 @@ from .._errors import (
 )
 from .._park import (
     checkpoint,
-    clock,
     current_token,
     ki_protected,
-    locate,
+    loop_clock,
     loop_ended,
     task_waiter,
     thread_waiter,
+    token_getter,
     wait_shielded,
     wait_with_timeout,
 )
@@ -122,20 +122,20 @@ class ConnectionPool(NotCopied, Generic[T]):
     __slots__ = (
         "__weakref__",
         "_clock",
-        "_detour",
         "_fast_acquire",
         "_fresh",
         "_home",
         "_idle",
+        "_is_plain",
         "_items",
         "_keeper",
         "_lent",
         "_lifo",
-        "_line",
         "_popped",
         "_service",
         "_settings",
         "_state",
+        "_waiters",
         "_watch",
         "_where",
     )
@@ -207,12 +207,11 @@ class ConnectionPool(NotCopied, Generic[T]):
         # The keeper's own, for the common path.
         self._idle = self._keeper.idle
         self._items = self._idle.items
-        self._line = self._idle.line
+        self._waiters = self._idle.waiters
         self._lent = self._keeper.lent
         self._fast_acquire = fast_acquire
-        # True if `acquire` may not simply take an idle connection; see `Semaphore`.
-        is_plain = fast_acquire and lifo and settings.leak_timeout == ALWAYS
-        self._detour = self._line if is_plain else True
+        # Whether `acquire` may simply take an idle connection, if nobody waits.
+        self._is_plain = fast_acquire and lifo and settings.leak_timeout == ALWAYS
         self._fresh = settings.fresh
         # Whether to note who borrows.
         self._watch = settings.leak_timeout != ALWAYS
@@ -221,7 +220,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         # What `pop_stats` subtracts.
         self._popped: dict[str, int] = {}
         self._lifo = lifo
-        # What tells whether `_home` is running on this thread; see `locate`.
+        # What tells whether `_home` is running on this thread; see `token_getter`.
         self._where: Callable[[], object] = current_token
         self._home: object = None
         self._clock: Callable[[], float] = monotonic
@@ -236,9 +235,9 @@ class ConnectionPool(NotCopied, Generic[T]):
         """
         if self._state is not _NEW:
             raise PoolClosed(f"{self.name} can be opened only once; make a new pool")
-        self._clock = self._keeper.clock = clock()
+        self._clock = self._keeper.clock = loop_clock()
         self._home = current_token()
-        self._where = locate()
+        self._where = token_getter()
         self._state = _OPEN
         _open_pools.add(self)
         self._idle.open()
@@ -313,7 +312,14 @@ class ConnectionPool(NotCopied, Generic[T]):
         :raises TypeError: if `timeout` is no number
         :raises ValueError: if `timeout` is NaN
         """
-        if timeout is None and not self._detour and self._where() is self._home:
+        if (
+            timeout is None
+            and self._is_plain
+            and not self._waiters
+            and self._idle.shut is None
+            and self._where() is self._home
+        ):
+            # Inlined: `HandoffQueue.get_nowait`.
             try:
                 record: Any = self._items.pop()
             except IndexError:
@@ -512,7 +518,7 @@ class ConnectionPool(NotCopied, Generic[T]):
         elif self._lifo:
             # The same as `IdleQueue.put`, without the call.
             self._items.append(record)
-            if self._line:
+            if self._waiters or self._idle.shut is not None:
                 self._idle.dispatch()
         else:
             self._idle.put(record)

@@ -18,7 +18,6 @@ from ._records import NEVER, Failure, Record
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .._handoff import Claim
     from .._park import Waiter
 
 T = TypeVar("T")
@@ -29,8 +28,7 @@ _idle_since = attrgetter("idle_since")
 class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
     """Idle connections that may be handed out as they are, and those that may not.
 
-    While it is shut every waiter is handed the reason, and `line` has an entry of its own: so
-    nobody takes the common path, and whoever puts a connection in calls `dispatch`.
+    While it is shut, every waiter is handed the reason.
     """
 
     __slots__ = ("call_keeper", "dormant", "hand_over", "lifo", "max_idle", "room", "shut")
@@ -56,17 +54,14 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
         self.room = False
         # Why nobody is served; None if the pool is open.
         self.shut: Failure | None = shut
-        self.line.append(None)
 
     def open(self) -> None:
         self.shut = None
-        self.line.pop()
 
     @ki_protected
     def close(self, reason: Failure) -> None:
         """Serve nobody from now on. Those who wait are told so before this returns."""
         self.shut = reason
-        self.line.append(None)
         self.dispatch()
 
     @ki_protected
@@ -86,17 +81,17 @@ class IdleQueue(HandoffQueue[Union[Record[T], Failure]], Generic[T]):
             self.items.append(item)
         else:
             self.items.appendleft(item)
-        if self.line:
+        if self.waiters or self.shut is not None:
             self.dispatch()
 
     @ki_protected
-    def give_back(self, item: Record[T] | Failure) -> None:
-        if isinstance(item, Record):  # a failure is of no use to those who come later
-            self.items.append(item)
+    def put_back(self, item: Record[T] | Failure) -> None:
+        if isinstance(item, Record):  # a failure is not kept for later waiters
+            super().put_back(item)
 
     @ki_protected
-    def join(self, waiter: Waiter, claim: Claim) -> None:
-        self.waiters[waiter] = claim
+    def join(self, waiter: Waiter, deadline: float | None = None) -> None:
+        self.waiters[waiter] = deadline
         if self.items or self.shut is not None:
             self.dispatch()
         if self.room or self.dormant:

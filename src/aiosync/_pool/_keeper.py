@@ -141,7 +141,7 @@ class Keeper(Generic[T]):
     def post(self, job: Callable[[], object]) -> None:
         """Have `job` called, and then those seen to who wait, on the loop of the pool."""
         self.mailbox.items.appendleft(job)
-        if self.mailbox.line:
+        if self.mailbox.waiters:
             self.mailbox.dispatch()
 
     @ki_protected
@@ -183,7 +183,6 @@ class Keeper(Generic[T]):
         idle.call_keeper = bool
         idle.hand_over = lambda *args: _inherited.append(args)
         idle.shut = self.closed
-        idle.line.append(None)
         self.is_orphan = True
         self.min_size = self.max_size = 0
         for pile in idle.items, idle.dormant, mailbox.items, self.coming, self.lent, self.records:
@@ -217,8 +216,8 @@ class Keeper(Generic[T]):
 
     async def _turn(self, due: float) -> None:
         """Wait for a job, or until `due`; then do all jobs there are."""
-        normalize_timeout = None if due == ALWAYS else max(0.0, due - self.clock())
-        job = await self.mailbox.wait(task_waiter(), normalize_timeout, None)
+        timeout = None if due == ALWAYS else max(0.0, due - self.clock())
+        job = await self.mailbox.wait(task_waiter(), timeout, None)
         while job is not None:
             job()
             job = self.mailbox.get_nowait(None)
