@@ -21,6 +21,7 @@ from _thread import TIMEOUT_MAX, allocate_lock
 from asyncio import (
     AbstractEventLoop,
     BaseEventLoop,
+    BrokenBarrierError,
     Future,
     _get_running_loop,
     get_running_loop,
@@ -49,7 +50,7 @@ if sys.version_info >= (3, 12):
     from asyncio import current_task
 
     _seems_to_run: Callable[[], object] = _get_running_loop
-else:  # Python 3.10 and 3.11, in which that is written in Python and takes four times as long
+else:  # Python 3.11, in which that is written in Python and takes four times as long
     from asyncio.tasks import _current_tasks  # type: ignore[attr-defined,unused-ignore]
 
     current_task = _current_tasks.get
@@ -57,14 +58,7 @@ else:  # Python 3.10 and 3.11, in which that is written in Python and takes four
     # This tells whether some event loop, on whichever thread, is running a task just now.
     _seems_to_run = _current_tasks.__len__
 
-if sys.version_info >= (3, 11):
-    from asyncio import BrokenBarrierError
-
-    AsyncioBrokenBarrierError = BrokenBarrierError
-else:  # Python 3.10
-    # There is no asyncio.Barrier yet; this is what the class would be derived from.
-    AsyncioBrokenBarrierError = RuntimeError
-
+AsyncioBrokenBarrierError = BrokenBarrierError
 
 F = TypeVar("F", bound="Callable[..., object]")
 
