@@ -32,6 +32,8 @@ from aiosync import __main__ as demo
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = ["asyncio", "trio"]
 PATIENCE = 40  # seconds, for a process that should end at once
 

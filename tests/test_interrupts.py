@@ -698,6 +698,7 @@ async def survive(
     return struck()
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
 @pytest.mark.parametrize(
     ("name", "how"),
@@ -731,6 +732,7 @@ def test_handler_at_any_bytecode_of_a_semaphore_loses_no_permit_and_no_waiter(
     run_in_env(loop, main)
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
 def test_handler_at_any_bytecode_of_a_bounded_semaphore_is_not_refused(
     strikes: Strikes, loop: str
@@ -751,6 +753,7 @@ def test_handler_at_any_bytecode_of_a_bounded_semaphore_is_not_refused(
     run_in_env(loop, main)
 
 
+@pytest.mark.stress
 def test_release_at_any_bytecode_of_a_thread_s_own_acquire_is_not_lost(strikes: Strikes) -> None:
     k, going = 0, True
     while going:
@@ -764,6 +767,7 @@ def test_release_at_any_bytecode_of_a_thread_s_own_acquire_is_not_lost(strikes: 
     assert k > 50, "hardly anything was interrupted"
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("how", ["release", "take", "take_and_release"])
 def test_handler_at_any_bytecode_of_a_release_that_wakes_a_thread_loses_nothing(
     strikes: Strikes, how: str
@@ -900,6 +904,7 @@ async def endure(
     return struck()
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
 @pytest.mark.parametrize(
     ("name", "action", "how"),
@@ -925,6 +930,7 @@ def test_handler_at_any_bytecode_of_a_barrier_breaks_the_round_for_all_or_none(
     run_in_env(loop, main)
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("how", ["abort", "reset"])
 def test_handler_at_any_bytecode_of_a_thread_s_own_wait_breaks_it(
     strikes: Strikes, how: str
@@ -944,6 +950,7 @@ def test_handler_at_any_bytecode_of_a_thread_s_own_wait_breaks_it(
     assert k > 50, "hardly anything was interrupted"
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("how", ["abort", "reset"])
 def test_handler_at_any_bytecode_of_the_last_arrival_is_heard_by_all_threads_or_none(
     strikes: Strikes,
@@ -975,6 +982,7 @@ def test_handler_at_any_bytecode_of_the_last_arrival_is_heard_by_all_threads_or_
     assert k > broken
 
 
+@pytest.mark.stress
 @pytest.mark.filterwarnings("ignore:coroutine '.*' was never awaited:RuntimeWarning")
 def test_an_exception_at_any_bytecode_of_a_thread_s_own_wait_leaves_nobody_asleep(
     strikes: Strikes,
@@ -1061,6 +1069,7 @@ class Crowd:
             self.semaphore.acquire_nowait()
 
 
+@pytest.mark.stress
 @posix
 @every_loop
 def test_semaphore_conserves_its_permits_in_a_storm_of_signals(loop: str) -> None:
@@ -1086,6 +1095,7 @@ def test_semaphore_conserves_its_permits_in_a_storm_of_signals(loop: str) -> Non
     assert_free(semaphore, 2 - len(kept))
 
 
+@pytest.mark.stress
 @posix
 @every_loop
 def test_bounded_semaphore_refuses_nobody_in_a_storm_of_signals(loop: str) -> None:
@@ -1107,6 +1117,7 @@ def test_bounded_semaphore_refuses_nobody_in_a_storm_of_signals(loop: str) -> No
     assert_free(semaphore, 2)
 
 
+@pytest.mark.stress
 @posix
 def test_threads_lose_no_permit_in_a_storm_of_signals() -> None:
     semaphore = Semaphore(1)
@@ -1141,6 +1152,7 @@ def test_threads_lose_no_permit_in_a_storm_of_signals() -> None:
     assert semaphore.value == 1 + len(extra)
 
 
+@pytest.mark.stress
 @posix
 @every_loop
 def test_barrier_round_is_passed_by_all_or_none_in_a_storm_of_signals(loop: str) -> None:

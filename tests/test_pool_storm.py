@@ -32,7 +32,7 @@ from aiosync._pool import _keeper
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.stress]
 
 # How long something may take that happens at once unless it never happens.
 PATIENCE = 15.0
