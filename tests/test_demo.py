@@ -589,7 +589,7 @@ def test_batches() -> None:
         (["--threads", "-1"], r"argument --threads: must be a whole number from 0 .+, not '-1'"),
         (["--threads", "9"], r"of 8 workers 9 can't be threads"),
         (["--limit"], r"argument --limit: expected one argument"),
-        (["--backend", "curio"], r"argument --backend: invalid choice: 'curio' .+"),
+        (["--backend", "curio"], r"argument --backend: invalid choice: 'curio'.+"),
         (["empty", "more\nthan one"], r"unrecognized arguments: more than one"),
     ],
 )
