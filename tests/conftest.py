@@ -6,6 +6,7 @@ import asyncio
 import gc
 import signal
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ _BACKENDS: list[Any] = [
     pytest.param(
         ("asyncio", {"use_uvloop": True}),
         id="uvloop",
-        marks=pytest.mark.skipif(sys.platform == "win32", reason="there is no uvloop on Windows"),
+        marks=pytest.mark.skipif(find_spec("uvloop") is None, reason="uvloop is not installed"),
     ),
     pytest.param(("trio", {}), id="trio"),
 ]

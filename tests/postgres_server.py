@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import psycopg
-    from typing_extensions import Self
 
 _PROGRAMS = ("postgres", "initdb")
 

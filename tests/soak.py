@@ -831,8 +831,7 @@ class Soak:
         except asyncio.CancelledError:
             if not cancelled:
                 raise
-            if sys.version_info >= (3, 11):
-                task.uncancel()
+            task.uncancel()
             me.counts["cancels"] += 1
         finally:
             timer.cancel()

@@ -1058,6 +1058,7 @@ def test_a_wait_interrupted_as_the_last_to_arrive_lets_nobody_wait_for_ever() ->
 # --- Told no, holds nothing ---
 
 
+@pytest.mark.stress
 @both_semaphores
 def test_a_thread_told_no_holds_nothing_in_any_race_of_timeout_and_grant(
     fast_switches: None, new: type[Semaphore]
@@ -1097,6 +1098,7 @@ def test_a_thread_told_no_holds_nothing_in_any_race_of_timeout_and_grant(
     assert min(aim.outcomes) > races // 20
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
 def test_a_task_told_no_holds_nothing_in_any_race_of_timeout_and_grant(
     fast_switches: None, loops: Loops, loop: str

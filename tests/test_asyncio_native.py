@@ -7,7 +7,6 @@ scope cannot: so here every await is cancelled before and after its decision.
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Coroutine
 from typing import Any
 
@@ -129,7 +128,6 @@ class TestSemaphore:
         semaphore.release()
         assert await asyncio.wait_for(semaphore.acquire(), 10) is True
 
-    @pytest.mark.skipif(sys.version_info < (3, 11), reason="new in Python 3.11")
     @kinds
     async def test_timeout_and_task_group(self, kind: Kind) -> None:
         semaphore = kind(1)

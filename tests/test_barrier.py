@@ -6,7 +6,6 @@ import asyncio
 import copy
 import math
 import pickle
-import sys
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
@@ -486,8 +485,7 @@ class TestErrors:
     def test_broken_barrier_error_is_caught_by_old_except_clauses(self) -> None:
         assert issubclass(BrokenBarrierError, threading.BrokenBarrierError)
         assert issubclass(BrokenBarrierError, RuntimeError)
-        if sys.version_info >= (3, 11):
-            assert issubclass(BrokenBarrierError, asyncio.BrokenBarrierError)
+        assert issubclass(BrokenBarrierError, asyncio.BrokenBarrierError)
 
     @pytest.mark.parametrize(
         ("arguments", "error", "match"),

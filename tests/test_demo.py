@@ -32,6 +32,8 @@ from aiosync import __main__ as demo
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = ["asyncio", "trio"]
 PATIENCE = 40  # seconds, for a process that should end at once
 
@@ -587,7 +589,7 @@ def test_batches() -> None:
         (["--threads", "-1"], r"argument --threads: must be a whole number from 0 .+, not '-1'"),
         (["--threads", "9"], r"of 8 workers 9 can't be threads"),
         (["--limit"], r"argument --limit: expected one argument"),
-        (["--backend", "curio"], r"argument --backend: invalid choice: 'curio' .+"),
+        (["--backend", "curio"], r"argument --backend: invalid choice: 'curio'.+"),
         (["empty", "more\nthan one"], r"unrecognized arguments: more than one"),
     ],
 )
@@ -1032,21 +1034,18 @@ def test_a_bug_is_not_hidden(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         main(tree)
 
 
-class Group(BaseException):
-    """As much of an exception group as the demo knows; Python 3.10 has none. Real ones: above."""
-
-    def __init__(self, *exceptions: BaseException) -> None:
-        self.exceptions = exceptions
+def group(*exceptions: BaseException) -> BaseExceptionGroup[BaseException]:
+    return BaseExceptionGroup("", exceptions)
 
 
 @pytest.mark.parametrize(
     ("error", "line", "status"),
     [
         (KeyboardInterrupt(), "aiosync: interrupted\n", 130),
-        (Group(BrokenBarrierError(), Group(KeyboardInterrupt())), "aiosync: interrupted\n", 130),
+        (group(BrokenBarrierError(), group(KeyboardInterrupt())), "aiosync: interrupted\n", 130),
         (BrokenPipeError(), "", 141),
         (OSError("disk\non fire"), "aiosync: error: disk on fire\n", 2),
-        (Group(BrokenBarrierError(), demo.DemoError("no")), "aiosync: error: no\n", 2),
+        (group(BrokenBarrierError(), demo.DemoError("no")), "aiosync: error: no\n", 2),
     ],
 )
 def test_explain(error: BaseException, line: str, status: int) -> None:

@@ -49,7 +49,7 @@ examine = settings(
 )
 
 # To make a failure short takes minutes if somebody waits for ever.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # What an operation is called, and its arguments.
 Operation = tuple[Any, ...]

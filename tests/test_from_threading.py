@@ -237,6 +237,7 @@ class TestAcquire:
             assert call.outcome is True
             assert not owned.acquire(blocking=False)
 
+    @pytest.mark.stress
     async def test_after_a_timeout_no_helper_takes_what_is_released(
         self, new: Callable[[], Any]
     ) -> None:
@@ -309,6 +310,7 @@ class TestAcquire:
             owned.release()
             assert_one_permit(owned)
 
+    @pytest.mark.stress
     async def test_after_a_cancelled_wait_no_helper_takes_what_is_released(
         self, new: Callable[[], Any]
     ) -> None:
@@ -380,6 +382,7 @@ class TestAcquire:
         assert [call.outcome for call in calls] == [None, True, True]
         assert not owned.acquire(blocking=False)
 
+    @pytest.mark.stress
     async def test_many_races_of_timeout_and_release_lose_no_permit(
         self, new: Callable[[], Any]
     ) -> None:
@@ -469,6 +472,7 @@ class TestAcquire:
         assert done == list(range(10))
         assert_one_permit(owned)
 
+    @pytest.mark.stress
     def test_native_cancellation_leaves_no_helper_that_takes_something(
         self, new: Callable[[], Any]
     ) -> None:
@@ -584,6 +588,7 @@ class Watched(threading.Semaphore):
             self.inside -= 1
 
 
+@pytest.mark.stress
 async def test_no_helper_is_inside_when_a_cancelled_or_timed_out_call_returns() -> None:
     owned = Watched(0)
     view = from_threading(owned)
@@ -600,6 +605,7 @@ async def test_no_helper_is_inside_when_a_cancelled_or_timed_out_call_returns() 
         assert call.cancelled is (timeout is None)
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("timeout", [None, 0.001])
 def test_no_helper_is_inside_when_a_call_returns_that_was_natively_cancelled_once_more(
     timeout: float | None,
@@ -1326,6 +1332,7 @@ class Storm:
                 tg.start_soon(self.in_task, kind, number)
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("seed", range(3))
 def test_no_permit_is_lost_or_invented_in_a_storm_of_threads_and_tasks(seed: int) -> None:
     storm = Storm(seed)

@@ -1021,6 +1021,7 @@ SCENARIOS: list[Scenario] = [
 ]
 
 
+@pytest.mark.stress
 @pytest.mark.timeout(1200 if LONG else 60)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_in_every_order_it_comes_out_right(scenario: Scenario) -> None:
@@ -1256,6 +1257,7 @@ MUTANTS: list[Any] = [
 ]
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(("changes", "scenario"), MUTANTS)
 def test_a_mistake_is_found(changes: list[Change], scenario: Scenario) -> None:
     with ExitStack() as stack:

@@ -801,6 +801,7 @@ class SemaphoreStorm:
         run_all(workers, lambda: None)
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("fast_switches")
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_semaphore_conserves_its_permits_in_a_storm_of_all_kinds(seed: int) -> None:
@@ -813,6 +814,7 @@ def test_semaphore_conserves_its_permits_in_a_storm_of_all_kinds(seed: int) -> N
     assert_free(semaphore, value)
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("fast_switches")
 @pytest.mark.parametrize("seed", [4, 5])
 def test_bounded_semaphore_refuses_nobody_and_loses_nothing_in_a_storm(seed: int) -> None:
@@ -958,6 +960,7 @@ class BarrierStorm:
         assert (self.barrier.n_waiting, self.barrier.broken) == (0, False)
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("fast_switches")
 @pytest.mark.parametrize("seed", [1, 2])
 def test_barrier_round_is_passed_by_all_or_none_in_a_storm_of_cancels_and_timeouts(
@@ -1024,6 +1027,7 @@ def abort_and_reset(barrier: Barrier, rng: random.Random) -> None:
         barrier.reset()
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("fast_switches")
 @pytest.mark.parametrize("seed", [4, 5])
 def test_barrier_round_is_passed_by_all_or_none_in_a_storm_of_aborts_and_resets(
@@ -1051,6 +1055,7 @@ def test_barrier_round_is_passed_by_all_or_none_in_a_storm_of_aborts_and_resets(
             assert all(visit.after >= number for visit in visits), "passed before the action"
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("fast_switches")
 @pytest.mark.parametrize("seed", [6, 7])
 def test_barrier_gives_each_index_equally_often_to_a_crowd_larger_than_its_parties(

@@ -20,7 +20,7 @@ from aiosync.recipes import asyncpg_pool, psycopg_async_pool, psycopg_thread_poo
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 DEADLINE = 30.0
 
@@ -91,6 +91,9 @@ DRIVERS = {
 
 @pytest.fixture(params=sorted(DRIVERS))
 def driver(request: pytest.FixtureRequest) -> Driver:
+    for module in ("asyncpg", "uvloop"):
+        if module in request.param:
+            pytest.importorskip(module)
     return DRIVERS[request.param]
 
 
@@ -105,6 +108,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="session")
 def only_server() -> Iterator[PostgresServer]:
+    pytest.importorskip("psycopg", reason="the server is driven by psycopg", exc_type=ImportError)
     reason = PostgresServer.why_not()
     if reason is not None:
         in_ci = os.environ.get("CI", "").lower() in {"1", "true", "yes", "on"}

@@ -13,7 +13,6 @@ import inspect
 import logging
 import math
 import random
-import sys
 import threading
 import time
 from collections import Counter
@@ -33,7 +32,7 @@ from aiosync._pool import _keeper
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.stress]
 
 # How long something may take that happens at once unless it never happens.
 PATIENCE = 15.0
@@ -185,8 +184,7 @@ def ways() -> list[str]:
     found = ["scope", "fail_after"]
     if under_asyncio():
         found += ["task", "wait_for"]
-        if sys.version_info >= (3, 11):
-            found.append("asyncio.timeout")
+        found.append("asyncio.timeout")
     return found
 
 
@@ -965,8 +963,7 @@ class TestAConnectionThatComesAsTheTimeIsUp:
         }
         if under_asyncio():
             found["wait_for"] = by_wait_for
-            if sys.version_info >= (3, 11):
-                found["asyncio.timeout"] = by_asyncio_timeout
+            found["asyncio.timeout"] = by_asyncio_timeout
         return found
 
     @pytest.mark.parametrize("step", ["release", "discard", "reset", "check"])
@@ -993,7 +990,7 @@ class TestAConnectionThatComesAsTheTimeIsUp:
         async def acquire() -> None:
             try:
                 found = await self.acquires(pool)[name]()
-            except (TimeoutError, asyncio.TimeoutError):  # two classes, until Python 3.11
+            except TimeoutError:
                 outcomes.append(False)
             else:
                 outcomes.append(True)

@@ -74,6 +74,7 @@ def test_every_output_belongs_to_a_program() -> None:
     assert languages.count("text") == len(PROGRAMS) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "output"), PROGRAMS)
 def test_program_prints_what_stands_below_it(
     program: str, output: str | None, tmp_path: Path

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.stress
+
 LONG = os.environ.get("AIOSYNC_EXPLORE") == "long"
 SECONDS = 120.0 if LONG else 3.0
 SEED = 20_240_229

@@ -57,7 +57,7 @@ EXAMPLES, STEPS = (1_500, 80) if LONG else (60, 50)
 T = TypeVar("T")
 
 # To make a failure short takes minutes.
-pytestmark = pytest.mark.timeout(3600 if LONG else 600)
+pytestmark = [pytest.mark.stress, pytest.mark.timeout(3600 if LONG else 600)]
 
 both_loops = pytest.mark.parametrize("loop", list(STEPPERS))
 

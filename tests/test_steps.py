@@ -698,6 +698,7 @@ POOLS: list[Scenario] = [
 ]
 
 
+@pytest.mark.stress
 @pytest.mark.timeout(1200 if LONG else 60)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scenario", SCENARIOS + POOLS, ids=lambda scenario: scenario.__name__)
@@ -909,6 +910,7 @@ MISTAKES: list[Any] = [
 ]
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(("function", "old", "new", "scenario", "backend"), MISTAKES)
 def test_a_mistake_is_found(
     function: Callable[..., Any], old: str, new: str, scenario: Scenario, backend: str

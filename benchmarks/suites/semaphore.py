@@ -7,7 +7,6 @@ Thousands of waiters are in `scale`, threads in `threads`.
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -160,11 +159,8 @@ class Patient:
             await self.semaphore.acquire()
 
     async def by_asyncio(self) -> None:
-        if sys.version_info >= (3, 11):
-            async with asyncio.timeout(PATIENCE):
-                await self.semaphore.acquire()
-        else:
-            await asyncio.wait_for(self.semaphore.acquire(), PATIENCE)
+        async with asyncio.timeout(PATIENCE):
+            await self.semaphore.acquire()
 
 
 async def free_permit_with_timeout(semaphore: Any, effort: Effort) -> float:

@@ -432,16 +432,16 @@ def run(argv: Sequence[str] | None, screen: Screen) -> None:
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """Return the exceptions in a group. Known by its attribute: Python 3.10 lacks the class."""
-    members: Sequence[BaseException] | None = getattr(error, "exceptions", None)
-    return [error] if members is None else [cause for each in members for cause in causes(each)]
+    """Return the leaves of an exception group, or the error itself."""
+    if isinstance(error, BaseExceptionGroup):
+        return [cause for member in error.exceptions for cause in causes(member)]
+    return [error]
 
 
 def explain(error: BaseException) -> tuple[str, int]:
     """Return the last line for the user and the exit status; raise what is a bug, or an exit."""
     found = causes(error)
-    # Ctrl-C; asyncio of Python 3.10 makes CancelledError of it, which is no Exception either. Comes
-    # first, since what fails besides may well be a consequence.
+    # Ctrl-C is tested first: what failed besides may be a consequence of it.
     if not all(isinstance(cause, (Exception, SystemExit)) for cause in found):
         return "aiosync: interrupted\n", 130
     # The status of a program that the system ends because nobody reads its pipe.

@@ -13,9 +13,9 @@ from ._park import AsyncioBrokenBarrierError
 class BrokenBarrierError(threading.BrokenBarrierError, AsyncioBrokenBarrierError):
     """Raised by `Barrier.wait` when the barrier is, or becomes, broken.
 
-    It is a `threading.BrokenBarrierError` and, from Python 3.11 on, an `asyncio.BrokenBarrierError`
-    too, so an ``except`` clause written for either keeps working. The message says what broke the
-    barrier: a timeout, a cancellation, `Barrier.abort`, `Barrier.reset` or an action that raised.
+    It is a `threading.BrokenBarrierError` and an `asyncio.BrokenBarrierError`, so an ``except``
+    clause written for either keeps working. The message says what broke the barrier: a timeout, a
+    cancellation, `Barrier.abort`, `Barrier.reset` or an action that raised.
     """
 
 

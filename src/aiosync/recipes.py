@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable, Mapping
     from os import PathLike
+    from typing import Unpack
 
     import asyncpg
     import psycopg
     from anyio.abc import SocketStream
-    from typing_extensions import Unpack
 
     from ._pool._settings import CommonOptions
 

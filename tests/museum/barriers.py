@@ -40,8 +40,7 @@ class Ours:
 
 
 def of_asyncio(parties: int) -> BarrierLike:
-    barrier: BarrierLike = getattr(asyncio, "Barrier")(parties)  # noqa: B009  (not in Python 3.10)
-    return barrier
+    return asyncio.Barrier(parties)
 
 
 class OfAiologic:
@@ -62,7 +61,7 @@ class OfAiologic:
         return bool(self.barrier.broken)
 
 
-ASYNCIO = Control("asyncio.Barrier", of_asyncio, PYTHON, (3, 11))
+ASYNCIO = Control("asyncio.Barrier", of_asyncio, PYTHON)
 AIOLOGIC = Control("aiologic.RBarrier", OfAiologic, "aiologic")
 
 

@@ -98,7 +98,7 @@ class ByFuture:
     "run_coroutine_threadsafe(acquire()).result(timeout)",
     "a thread gives up while it is given a permit: that belongs to nobody",
     reports="ls1intum/edutelligence#858",
-    seen="CPython 3.10 to 3.13",
+    seen="CPython 3.11 to 3.13",
     ours=OurShared,
     controls=[Control("future.result(timeout)", ByFuture, PYTHON)],
 )
@@ -164,7 +164,7 @@ class ByWorkerThread:
     "to_thread(semaphore.acquire)",
     "a task gives up, its thread waits on and eats a permit that is released later",
     reports="dabeaz/curio#153 tox-dev/filelock#640",
-    seen="CPython 3.10 to 3.13",
+    seen="CPython 3.11 to 3.13",
     ours=OurBorrowed,
     controls=[Control("to_thread(acquire)", ByWorkerThread, PYTHON)],
 )
@@ -213,7 +213,7 @@ def _interrupt(number: int, frame: object) -> None:
 @exhibit(
     "threading.Barrier",
     "a signal handler raises in a party that waits (Ctrl-C): the others wait for ever",
-    seen="CPython 3.10 to 3.13",
+    seen="CPython 3.11 to 3.13",
     ours=our_view,
     controls=[Control("threading.Barrier", threading.Barrier, PYTHON)],
 )

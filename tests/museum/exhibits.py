@@ -16,7 +16,6 @@ import importlib.util
 import inspect
 import platform
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -36,7 +35,6 @@ class Control:
     maker: Any
     # The distribution to which it belongs, `PYTHON`, or "" if it is rebuilt.
     package: str = ""
-    since: tuple[int, int] = (3, 10)
 
     @property
     def is_rebuilt(self) -> bool:
@@ -44,8 +42,6 @@ class Control:
 
     def why_not(self) -> str:
         """Tell why it can't be played here; "" if it can."""
-        if sys.version_info < self.since:
-            return f"there is no {self.name} before Python {'.'.join(map(str, self.since))}"
         if self.package in {"", PYTHON} or importlib.util.find_spec(self.package) is not None:
             return ""
         return f"{self.package} is not installed"

@@ -6,8 +6,7 @@ makes its own copies of the project in a temporary folder, puts one mistake afte
 them, and runs the tests. It ends with status 1 if a mutant survives that is not explained in
 SURVIVORS.md. What is mutated and which tests are run stands in mutation.toml.
 
-What must live here: the operators that Cosmic Ray does not have, and who runs when. It takes
-Python 3.11 or later.
+What must live here: the operators that Cosmic Ray does not have, and who runs when.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +35,6 @@ from queue import SimpleQueue
 from typing import Any
 
 import cosmic_ray.plugins
-import tomllib
 from cosmic_ray.mutating import MutationVisitor
 from cosmic_ray.operators.operator import Operator
 from parso.python.tree import Keyword

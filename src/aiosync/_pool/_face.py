@@ -41,8 +41,7 @@ from ._settings import Settings, check_sizes
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from types import TracebackType
-
-    from typing_extensions import Self, Unpack
+    from typing import Self, Unpack
 
     from ._records import ConnectionInfo, PoolEvent
     from ._settings import PoolOptions

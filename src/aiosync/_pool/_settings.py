@@ -6,15 +6,13 @@ What must live here: defaults that depend on other arguments, and a clear error 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
 from .._errors import check_count, check_timeout
 from ._records import ALWAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from typing_extensions import TypedDict
 
     from ._face import ConnectionPool
     from ._records import PoolEvent
