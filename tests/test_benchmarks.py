@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -157,8 +158,8 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("peer_takes", "status", "verdict"),
     [
         ([3.0, 3.0, 3.0], 0, "3.00  met"),
-        ([1.15, 1.15, 1.15], 1, "1.15  SHORT by 50%"),
-        ([2.2, 2.2, 2.4], 1, "2.20  SHORT by 4%, within the noise"),
+        ([1.29, 1.29, 1.29], 1, "1.29  SHORT by 40%"),
+        ([2.1, 2.1, 2.4], 1, "2.10  SHORT by 2%, within the noise"),
     ],
 )
 def test_check(
@@ -190,6 +191,13 @@ def test_every_target_is_one_of_what_is_measured() -> None:
         for contender in row.contenders
     }
     assert {target.key for target in TARGETS} <= keys
+
+
+def test_the_suites_use_only_the_public_api() -> None:
+    sources = {file: file.read_text("utf-8") for file in ROOT.joinpath("benchmarks").rglob("*.py")}
+    assert ROOT / "benchmarks" / "suites" / "threads.py" in sources
+    for file, source in sources.items():
+        assert not re.search(r"aiosync(\.\w+)*\._|from aiosync\S* import .*\b_", source), file
 
 
 def test_without_matplotlib_there_is_one_clear_line(
