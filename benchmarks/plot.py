@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .model import US, Comparison, Outcome
 from .report import factor, quantity
@@ -156,7 +156,7 @@ def _lines(outcomes: list[Outcome]) -> Any:
         rows = [[(work, backends[0]) for work in works]]
     size = (3.6 * len(rows[0]) + 1, 2.7 * len(rows) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
-    share = "row" if len(backends) > 1 else "none"
+    share: Literal["row", "none"] = "row" if len(backends) > 1 else "none"
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False, sharex=True, sharey=share)
     for line, row in zip(axes, rows, strict=True):
         for axis, (work, backend) in zip(line, row, strict=True):
