@@ -21,7 +21,7 @@ from ..loops import checkpoint, crowd, run, settle, under_trio
 from ..model import US, Contender, Effort, Row
 
 TASKS = 50
-TIMEOUT = 10  # seconds; never reached
+PATIENCE = 10  # seconds; never reached
 
 
 class Subject(NamedTuple):
@@ -155,28 +155,28 @@ class WithTimeout:
         self.release = semaphore.release
         self.acquire: Callable[[], Awaitable[Any]]
         if isinstance(semaphore, aiosync.Semaphore):
-            self.acquire = partial(semaphore.acquire, timeout=TIMEOUT)
+            self.acquire = partial(semaphore.acquire, timeout=PATIENCE)
         elif isinstance(semaphore, anyio.Semaphore):
             self.acquire = self.by_anyio
         else:
             self.acquire = self.by_trio if under_trio() else self.by_asyncio
 
     async def by_anyio(self) -> None:
-        with anyio.fail_after(TIMEOUT):
+        with anyio.fail_after(PATIENCE):
             await self.semaphore.acquire()
 
     async def by_trio(self) -> None:
         import trio
 
-        with trio.fail_after(TIMEOUT):
+        with trio.fail_after(PATIENCE):
             await self.semaphore.acquire()
 
     async def by_asyncio(self) -> None:
         if sys.version_info >= (3, 11):
-            async with asyncio.timeout(TIMEOUT):
+            async with asyncio.timeout(PATIENCE):
                 await self.semaphore.acquire()
         else:
-            await asyncio.wait_for(self.semaphore.acquire(), TIMEOUT)
+            await asyncio.wait_for(self.semaphore.acquire(), PATIENCE)
 
 
 async def free_permit_with_timeout(semaphore: Any, effort: Effort) -> float:
