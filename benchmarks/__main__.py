@@ -1,6 +1,6 @@
-"""`python -m benchmarks`: the arguments, and the order of things.
+"""`python -m benchmarks`: its arguments, and the order of its steps.
 
-What must live here: what the user asks for, and who is called to do it.
+What must live here: the command line, and the calls that carry it out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EFFORTS = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Say it in one line, whatever it is."""
+        """Print the message in one line, without the usage."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -49,9 +49,9 @@ def _parser() -> _Parser:
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw figures of each suite")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="an earlier --json")
     parser.add_argument(
-        "--check", action="store_true", help="exit with 1 if a ratio is less than demanded"
+        "--check", action="store_true", help="exit with 1 if a ratio misses its target"
     )
-    # For the tests: the smallest run there is, and one that has been made before.
+    # For the tests: the smallest run, and a saved run.
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--replay", type=Path, metavar="FILE", help=argparse.SUPPRESS)
     return parser
@@ -65,7 +65,7 @@ def _load(parser: _Parser, file: Path | None) -> list[Outcome]:
 
 
 def _check_arguments(parser: _Parser, arguments: argparse.Namespace) -> None:
-    """Find out now what would otherwise be found out when all is measured."""
+    """Refuse wrong arguments now, not after all has been measured."""
     for name in arguments.suites:
         if name not in SUITES:
             parser.error(f"there is no suite {name!r}, but {', '.join(SUITES)}")
@@ -85,7 +85,7 @@ def _check_arguments(parser: _Parser, arguments: argparse.Namespace) -> None:
 
 
 class _LeftOut(dict[str, str]):
-    """What can't be measured, and why; tells of each once."""
+    """The contenders that can't be measured, and the reasons; prints each once."""
 
     def __call__(self, name: str, reason: str) -> None:
         if name not in self:
@@ -136,7 +136,7 @@ def _comparisons(outcomes: Sequence[Outcome]) -> list[Comparison]:
 
 
 def _replay(parser: _Parser, file: Path) -> list[Outcome]:
-    """Print what was measured before."""
+    """Print a saved run."""
     outcomes = _load(parser, file)
     for (suite, backend), group in groupby(outcomes, lambda found: (found.suite, found.backend)):
         _print_group(suite, backend, list(group))

@@ -1,7 +1,6 @@
-"""The event loops: how to run a function on one, and how to have many tasks there.
+"""The event loops: how to run a function on one, and how to start many tasks there.
 
-What must live here: all that differs between asyncio, uvloop and trio and is no subject of a
-measurement.
+What must live here: the differences between asyncio, uvloop and trio that are not measured.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import anyio
 
 T = TypeVar("T")
 
-# What each needs, to be measured on.
+# The module that each backend needs.
 BACKENDS = {"asyncio": "asyncio", "uvloop": "uvloop", "trio": "trio"}
 
 # Starts a task, and returns a function that cancels it.
@@ -38,7 +37,7 @@ def under_trio() -> bool:
 
 
 def checkpoint() -> Callable[[], Awaitable[Any]]:
-    """Return the function of the loop that lets other tasks run, and does nothing else."""
+    """Return the loop's own function that only lets other tasks run."""
     if under_trio():
         import trio
 
@@ -47,7 +46,7 @@ def checkpoint() -> Callable[[], Awaitable[Any]]:
 
 
 def crowd() -> AbstractAsyncContextManager[Spawn]:
-    """Return what waits for all tasks that were started in it; made of what the loop offers."""
+    """Return a context manager that waits for all tasks started in it, by the loop's own means."""
     return _crowd_of_trio() if under_trio() else _crowd_of_asyncio()
 
 

@@ -1,7 +1,7 @@
-"""The words that all other modules share: contenders, rows, results, comparisons.
+"""The data that all other modules share: contenders, rows, outcomes, comparisons.
 
-What must live here: plain data, and the arithmetic that makes a comparison of two lists of samples.
-Nothing here measures, prints or reads files.
+What must live here: plain data, and the arithmetic that compares two lists of samples. Nothing here
+measures, prints or reads files.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ US = "aiosync"
 
 RESAMPLES = 1000
 
-# One measurement: sets up what it needs, and returns a cost, less being better.
+# One measurement: does its own set-up, and returns a cost; less is better.
 Measure = Callable[[], float]
 
 
 class LeftOutError(Exception):
-    """Why something can't be measured here."""
+    """A contender that can't be measured here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -33,35 +33,35 @@ class Contender:
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of work, and who does it; the first contender is the one that is judged."""
+    """One kind of work, and its contenders; the first is the one that is judged."""
 
     suite: str
     backend: str  # "" if no event loop takes part
     work: str
     contenders: Sequence[Contender]
     unit: str = "s"
-    size: int = 0  # how many waiters, where that is what matters
-    exact: bool = False  # whether measuring again gives the same again
+    size: int = 0  # the number of waiters, in rows where it varies
+    exact: bool = False  # whether each measurement gives the same result
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to measure."""
+    """The amount of measurements."""
 
     name: str
     rounds: int  # of each row, at most
-    least: int  # of each row, however long they take
-    least_of_many: int  # the same, where thousands wait, which takes long
-    seconds: float  # after which a row is given no further round
-    scale: float  # how often the work is repeated in each measurement
-    sizes: tuple[int, ...]  # how many waiters
+    least: int  # the least number of rounds of each row, even if they take too long
+    least_of_many: int  # the same for rows with a size, which take long
+    seconds: float  # a row starts no further round after this time
+    scale: float  # a factor for the repetitions in each measurement
+    sizes: tuple[int, ...]  # numbers of waiters
 
     def times(self, count: int) -> int:
         return max(2, round(count * self.scale))
 
 
 class Key(NamedTuple):
-    """What makes two comparisons of different runs the same."""
+    """What identifies a comparison in different runs."""
 
     suite: str
     backend: str
@@ -76,7 +76,7 @@ class Key(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What became of a row."""
+    """The samples of a row."""
 
     suite: str
     backend: str
@@ -95,15 +95,15 @@ class Outcome:
 
 
 class Comparison:
-    """How many times as much a peer costs as we do, and how sure that is."""
+    """The cost of a peer divided by ours, with its confidence interval."""
 
     def __init__(self, key: Key, unit: str, ours: list[float], theirs: list[float]) -> None:
         self.key = key
         self.unit = unit
         self.ours = ours
         self.theirs = theirs
-        # Of what was measured in the same round, and not of the two medians: where the machine is
-        # slow for some of the rounds, these may be of different times.
+        # The median of the ratios of each round, not the ratio of the medians: while the machine is
+        # slow for some rounds, the two medians may come from different ones.
         ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
         self.ratio = statistics.median(ratios)
         self.low, self.high = _interval(ratios)

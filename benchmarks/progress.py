@@ -1,6 +1,6 @@
-"""How far it is: on stderr, and only if that is a terminal.
+"""The progress of a run: on stderr, and only if that is a terminal.
 
-What must live here: the bar of rich, and a line of plain text where that is missing.
+What must live here: rich's progress bar, and a line of plain text for when rich is not installed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Tells what is done next.
+# Called with the title of the next step.
 Step = Callable[[str], None]
 
 

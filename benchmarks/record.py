@@ -1,6 +1,6 @@
-"""The file of a run: all samples, and on what they were taken.
+"""The file of a run: all samples, and the machine and packages they were taken on.
 
-What must live here: the environment, and JSON to and from outcomes. No path gets into it.
+What must live here: the environment, and JSON to and from outcomes. The file contains no paths.
 """
 
 from __future__ import annotations

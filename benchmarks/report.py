@@ -1,6 +1,6 @@
-"""What people read: numbers with units, and tables of plain text.
+"""The output for people: numbers with units, and tables of plain text.
 
-What must live here: every line that goes to stdout, but no decision on what is measured or printed.
+What must live here: the format of tables, but no decision on what is measured or printed.
 """
 
 from __future__ import annotations

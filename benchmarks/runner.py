@@ -1,7 +1,7 @@
 """The method: contenders take turns, round by round, in one process.
 
-What must live here: the order of the measurements, and what surrounds each of them. All suites go
-through `measure`; there is no other way to get samples.
+What must live here: the order of the measurements, and their set-up. All suites get their samples
+from `measure`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Method: the implementations take turns in one process, round by round, in a rota
 round is thrown away. The garbage collector runs before each measurement, and not during it.
 ratio: cost of the other / cost of aiosync in the same round, the median of all rounds; more than 1
 means that aiosync is faster (or smaller). In brackets its 95% interval (bootstrap over the rounds).
-Then the median costs, ± half of the distance between the quartiles. A floor is what nobody can do
-without. A wide interval means that the machine had other things to do."""
+Then the median costs, ± half of the distance between the quartiles. A floor is the cost of what no
+implementation can do without. A wide interval means that the machine was busy with other work."""
 
 
 def why_not(needs: str) -> str | None:
-    """Tell why `needs`, a module or a name in one, can't be had; None if it can."""
+    """Return why `needs`, a module or a name in one, can't be imported; None if it can."""
     if needs:
         try:
             pkgutil.resolve_name(needs)
@@ -35,7 +35,7 @@ def why_not(needs: str) -> str | None:
 def measure(row: Row, effort: Effort, tell: Callable[[str, str], None]) -> Outcome:
     """Return the samples of all contenders of `row` that can be measured.
 
-    :param tell: takes the name of one that can't be, and the reason
+    :param tell: called with the name of each contender that can't be measured, and the reason
     """
 
     def leave_out(name: str, reason: str) -> None:
@@ -44,7 +44,7 @@ def measure(row: Row, effort: Effort, tell: Callable[[str, str], None]) -> Outco
     contenders = _installed(row.contenders, leave_out)
     outcome = Outcome(row.suite, row.backend, row.work, row.size, row.unit)
     gc.collect()
-    gc.freeze()  # what is there by now need not be looked through each time
+    gc.freeze()  # later collections skip the objects that exist by now
     if not row.exact:
         contenders = _warmed_up(contenders, leave_out)
     if contenders and contenders[0].name == US:
@@ -76,9 +76,9 @@ def _installed(
 def _warmed_up(
     contenders: list[Contender], leave_out: Callable[[str, str], None]
 ) -> list[Contender]:
-    """Measure each once, for nothing; return those that can be measured.
+    """Measure each contender once to warm up; return those that can be measured.
 
-    A peer of another version than the adapters were written for must not end the whole run.
+    A peer whose version the adapters do not know must not end the whole run.
     """
     found = []
     for contender in contenders:

@@ -1,11 +1,13 @@
-"""What is demanded: the least ratio of some comparisons, as data, and the check of it.
+"""The targets: the least ratio that some comparisons have to reach, as data, and their check.
 
-What must live here: figures. They hold for CPython 3.11 to 3.13; "within 1.3x of" a floor is a
-ratio of at least 1/1.3.
+What must live here: figures. They hold for CPython 3.11 to 3.13 on a machine with 2 cores. Where
+the versions differ, the target is that of the version which runs this file; with ``--replay`` that
+may be another one than was measured. "Within 1.3x of" a floor is a ratio of at least 1/1.3.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,31 +26,38 @@ def _each(
         yield Target(Key(suite, backend, work, size, peer), least)
 
 
-_ASYNCIO_FAST = {"asyncio.Semaphore": 2.3, "anyio, fast_acquire": 3, "aiologic.Semaphore": 4.5}
+_HAND_OFF_ASYNCIO = 0.95 if sys.version_info >= (3, 12) else 0.9
+_HAND_OFF = {
+    "asyncio.Semaphore": _HAND_OFF_ASYNCIO,
+    "anyio, fast_acquire": 0.8,
+    "aiologic.Semaphore": 1.3,
+}
+_FAST = {"asyncio.Semaphore": 2.15, "anyio, fast_acquire": 2.8, "aiologic.Semaphore": 3.5}
 _CHECKPOINT = {"floor: bare checkpoint": 1 / 1.15}
-_POOLS = ("psycopg_pool", "SQLAlchemy async", "redis-py", "coredis")
-_LINES = ("asyncio.Semaphore", "anyio.Semaphore", "aiologic.Semaphore")
+_SEMAPHORES = ("asyncio.Semaphore", "anyio.Semaphore", "aiologic.Semaphore")
 _CANCEL = "cancel all, random order"
+_POOL_ALONE = {"psycopg_pool": 4.5, "SQLAlchemy async": 30, "redis-py": 18, "coredis": 25}
+_POOL_CROWDED = {"psycopg_pool": 3.5, "SQLAlchemy async": 6, "redis-py": 3.5, "coredis": 3.5}
 
 TARGETS = (
-    *_each("semaphore", "asyncio", "free permit, fast_acquire", _ASYNCIO_FAST),
+    *_each("semaphore", "asyncio", "free permit, fast_acquire", _FAST),
     *_each("semaphore", "trio", "free permit, fast_acquire", {"anyio, fast_acquire": 3.4}),
     *_each("semaphore", "asyncio", "free permit", {"anyio.Semaphore": 2, **_CHECKPOINT}),
     *_each("semaphore", "trio", "free permit", {"trio.Semaphore": 1, **_CHECKPOINT}),
-    *_each("semaphore", "asyncio", "hand-off", {"asyncio.Semaphore": 1, "aiologic.Semaphore": 1.3}),
-    *_each("semaphore", "trio", "hand-off", {"trio.Semaphore": 1.1}),
-    *_each("barrier", "asyncio", "2 parties", {"asyncio.Barrier": 2.5}),
+    *_each("semaphore", "asyncio", "hand-off", _HAND_OFF),
+    *_each("semaphore", "trio", "hand-off", {"trio.Semaphore": 1}),
+    *_each("barrier", "asyncio", "2 parties", {"asyncio.Barrier": 2.4}),
     *_each("barrier", "asyncio", "10 parties", {"asyncio.Barrier": 2.9}),
-    *_each("barrier", "asyncio", "100 parties", {"asyncio.Barrier": 2.9}),
-    *_each("barrier", "asyncio", "1000 parties", {"asyncio.Barrier": 2.6}),
-    *_each("barrier", "trio", "10 parties", {"aiologic.Barrier": 1.9}),
-    *_each("barrier", "trio", "100 parties", {"aiologic.Barrier": 1.6}),
-    *_each("scale", "asyncio", _CANCEL, dict.fromkeys(_LINES, 5), 16_000),
-    *_each("scale", "asyncio", _CANCEL, {"floor: bare futures": 1 / 1.7}, 64_000),
-    *_each("threads", "", "free permit", {"threading.Semaphore": 7}),
-    *_each("threads", "", "barrier of 2 threads", {"threading.Barrier": 2}),
-    *_each("threads", "", "barrier of 8 threads", {"threading.Barrier": 2}),
-    *_each("threads", "", "barrier of 64 threads", {"threading.Barrier": 1.5}),
+    *_each("barrier", "asyncio", "100 parties", {"asyncio.Barrier": 2.8}),
+    *_each("barrier", "asyncio", "1000 parties", {"asyncio.Barrier": 2.5}),
+    *_each("barrier", "trio", "10 parties", {"aiologic.Barrier": 1.4}),
+    *_each("barrier", "trio", "100 parties", {"aiologic.Barrier": 1.25}),
+    *_each("scale", "asyncio", _CANCEL, dict.fromkeys(_SEMAPHORES, 5), 16_000),
+    *_each("scale", "asyncio", _CANCEL, {"floor: bare futures": 0.6}, 64_000),
+    *_each("threads", "", "free permit", {"threading.Semaphore": 6}),
+    *_each("threads", "", "barrier of 2 threads", {"threading.Barrier": 1.35}),
+    *_each("threads", "", "barrier of 8 threads", {"threading.Barrier": 1.7}),
+    *_each("threads", "", "barrier of 64 threads", {"threading.Barrier": 1.2}),
     *_each("threads", "asyncio", "permit shared with tasks", {"anyio.from_thread": 300}),
     *_each(
         "threads",
@@ -56,8 +65,8 @@ TARGETS = (
         "hand-off to a task",
         {"floor: call_soon_threadsafe": 1 / 1.3},
     ),
-    *_each("pool", "asyncio", "alone", dict.fromkeys(_POOLS, 10)),
-    *_each("pool", "asyncio", "100 tasks, 10 connections", dict.fromkeys(_POOLS, 5)),
+    *_each("pool", "asyncio", "alone", _POOL_ALONE),
+    *_each("pool", "asyncio", "100 tasks, 10 connections", _POOL_CROWDED),
     *_each("pool", "asyncio", "most served / least served", {"floor: all alike": 1 / 1.05}),
 )
 
@@ -70,7 +79,7 @@ def target_of(key: Key) -> float | None:
 
 
 def check(comparisons: Sequence[Comparison]) -> tuple[list[str], bool]:
-    """Return a line for each target, and whether all that were measured are met."""
+    """Return a line for each target, and whether each target that was measured is met."""
     found = {comparison.key: comparison for comparison in comparisons}
     lines, all_met = [], True
     for key, least in TARGETS:

@@ -115,3 +115,21 @@ def test_command_for_the_tests_is_the_one_in_use() -> None:
 @pytest.mark.parametrize("name", aiosync.__all__)
 def test_every_public_name_is_mentioned(name: str) -> None:
     assert re.search(rf"`{name}\b", README)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/performance.md"])
+def test_links_to_files_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert links
+    assert [link for link in links if not (page.parent / link).is_file()] == []
+
+
+def test_figures_are_those_of_the_performance_page() -> None:
+    start = README.index("## How fast")
+    summary = README[start : README.index("\n## ", start)]
+    figures = re.findall(r"(?<=[|/] )\d+\.\d\d(?= [|/])", summary)
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    printed = re.findall(r"^ +(\d+\.\d\d)x ", page, re.MULTILINE)
+    assert figures
+    assert set(figures) <= set(printed)

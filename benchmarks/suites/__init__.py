@@ -1,7 +1,7 @@
 """The suites, in the order in which they run.
 
-What must live here: the list, and nothing else. A suite is data (who is compared with whom, doing
-what) and the small functions that do it.
+What must live here: the list, and nothing else. A suite is data (the rows and their contenders) and
+small functions that do the work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from . import barrier, pool, scale, semaphore, size, threads
 
 
 class Suite(NamedTuple):
-    # What it measures on a backend; "" stands for what needs none.
+    # Takes a backend; "" for the rows without an event loop.
     rows: Callable[[str, Effort], Iterator[Row]]
     note: str = ""
 

@@ -1,6 +1,6 @@
-"""Pools of others and our own, each around stubs that stand for connections.
+"""aiosync's pool and those of others, each with stubs for connections.
 
-What must live here: adapters, one for each pool. What is done with them is in `pool`.
+What must live here: adapters, one for each pool. The work with them is in `pool`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIZE = 10
 
 
 class Pool(NamedTuple):
-    """How to borrow from a pool, and how to give back; the latter may return an awaitable."""
+    """How to borrow from a pool, and how to give back; `release` may return an awaitable."""
 
     acquire: Callable[[], Awaitable[Any]]
     release: Callable[[Any], Any]
@@ -29,7 +29,7 @@ Maker = Callable[[], AbstractAsyncContextManager[Pool]]
 
 
 class Stub:
-    """A connection of no kind; what SQLAlchemy calls does nothing."""
+    """A connection to nothing; the methods that SQLAlchemy calls do nothing."""
 
     def rollback(self) -> None:
         pass
@@ -58,7 +58,7 @@ async def of_psycopg() -> AsyncIterator[Pool]:
     from psycopg_pool import AsyncConnectionPool
 
     class Connection(psycopg.AsyncConnection[Any]):
-        """Never connected; it only says that it is idle."""
+        """A connection that is never opened, and that calls itself idle."""
 
         def __init__(self) -> None:
             self.pgconn: Any = SimpleNamespace(transaction_status=TransactionStatus.IDLE)
@@ -83,7 +83,7 @@ async def of_psycopg() -> AsyncIterator[Pool]:
 
 @asynccontextmanager
 async def of_sqlalchemy() -> AsyncIterator[Pool]:
-    """Yield the pool for threads, which is quick, but blocks the loop when it is empty."""
+    """Yield the pool for threads, which is fast, but blocks the event loop while it is empty."""
     from sqlalchemy.pool import QueuePool
 
     pool: Any = QueuePool(Stub, pool_size=SIZE, max_overflow=0)  # type: ignore[arg-type,unused-ignore]
@@ -182,7 +182,7 @@ async def ours_of_asyncpg(host: str) -> AsyncIterator[Pool]:
 
 @asynccontextmanager
 async def of_asyncpg(host: str) -> AsyncIterator[Pool]:
-    """Yield the pool of asyncpg without the reset that it does by default, as ours does none."""
+    """Yield asyncpg's pool without its default reset, since ours does none."""
     import asyncpg
 
     async def leave_it(connection: Any) -> None:

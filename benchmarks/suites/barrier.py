@@ -15,7 +15,7 @@ import aiosync
 from ..loops import crowd, run
 from ..model import US, Contender, Effort, Row
 
-NOTE = "Others have no action: there the party with index 0 does it, and all wait a second time."
+NOTE = "Others have no action: there the party with index 0 runs it, and all wait a second time."
 
 PARTIES = (2, 10, 100, 1000)
 
@@ -24,7 +24,7 @@ Arrive = Callable[[], Awaitable[Any]]
 
 class Subject(NamedTuple):
     name: str
-    make: Callable[[int], Arrive]  # for so many parties, returns what each of them awaits
+    make: Callable[[int], Arrive]  # takes the number of parties; each awaits the result's call
     needs: str = ""
 
 
@@ -77,7 +77,7 @@ SUBJECTS: dict[str, dict[str, tuple[Subject, ...]]] = {
 
 
 async def rounds(arrive: Arrive, parties: int, effort: Effort) -> float:
-    """Seconds for a round, from the start of the parties to the end of the last."""
+    """Seconds for one round of `parties` tasks."""
     times = max(3, effort.times(2000) // parties)
 
     async def work() -> None:

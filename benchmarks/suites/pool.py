@@ -1,6 +1,6 @@
-"""Pools of connections: one borrower, and 100 of them for 10 connections.
+"""Pools of connections: one borrower, and 100 borrowers of 10 connections.
 
-What must live here: what tasks do with a pool. The pools themselves are in `_pools`.
+What must live here: the work of tasks with a pool. The pools themselves are in `_pools`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..model import US, Contender, Effort, LeftOutError, Row
 from . import _pools
 from ._pools import Maker, Pool
 
-# The tests know how to start a server.
+# The server is started by a helper of the tests.
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "tests"))
 from postgres_server import PostgresServer
 
 NOTE = """\
-The connections are stubs, which do nothing, so that what is measured is the pool; those of asyncpg
-are real, to a server of its own. Where who has just given back may overtake those who wait (see
-most served / least served), most waits are short, and few are very long."""
+The connections are stubs that do nothing, so that only the pool is measured; those of asyncpg are
+real, to a server of their own. In a pool where a borrower that has just released may overtake the
+waiters (see most served / least served), most waits are short, and a few are very long."""
 
 TASKS = 100
 
@@ -55,7 +55,7 @@ BLOCKING = Subject("SQLAlchemy QueuePool", _pools.of_sqlalchemy, "sqlalchemy")
 
 
 async def alone(pool: Pool, effort: Effort) -> float:
-    """Seconds to borrow and give back where nobody else wants to."""
+    """Seconds for one acquire and release of a pool that no other task uses."""
     acquire, release, release_is_async = pool
     times = effort.times(1000)
     begin = time.perf_counter()
@@ -69,7 +69,7 @@ async def alone(pool: Pool, effort: Effort) -> float:
 
 
 async def _contend(pool: Pool, effort: Effort) -> tuple[float, list[float]]:
-    """Return how long 100 tasks take to borrow some times each, and how long each wait was."""
+    """Return the seconds that 100 tasks take to borrow several times, and those of each wait."""
     use = checkpoint()
     times = effort.times(5)
     waits: list[float] = []
@@ -92,7 +92,7 @@ async def _contend(pool: Pool, effort: Effort) -> tuple[float, list[float]]:
 
 
 async def contended(pool: Pool, effort: Effort) -> float:
-    """Seconds for each time that one of 100 tasks has one of 10 connections."""
+    """Seconds for each loan, where 100 tasks share 10 connections."""
     seconds, waits = await _contend(pool, effort)
     return seconds / len(waits)
 
@@ -103,7 +103,7 @@ async def wait(pool: Pool, effort: Effort, percent: int) -> float:
 
 
 async def fairness(pool: Pool, effort: Effort) -> float:
-    """How many times as often the task that was served most was served as the one least."""
+    """The number of loans of the task with the most, divided by that of the one with the fewest."""
     use = checkpoint()
     served = [0] * TASKS
     until = time.perf_counter() + max(0.02, 0.3 * effort.scale)
@@ -120,7 +120,7 @@ async def fairness(pool: Pool, effort: Effort) -> float:
     async with crowd() as spawn:
         for number in range(TASKS):
             spawn(partial(compete, number))
-    # Nobody at all, if the machine has stood still all the time.
+    # On a machine that stood still meanwhile, a task may have been served not even once.
     return max(1, *served) / max(1, min(served))
 
 
@@ -140,7 +140,7 @@ def measure(
 
 @functools.cache
 def _server() -> str:
-    """Return where a server can be reached, which runs until the program ends."""
+    """Return the host of a server that runs until the program ends."""
     why_not = PostgresServer.why_not()
     if why_not is not None:
         raise LeftOutError(why_not)

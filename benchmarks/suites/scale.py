@@ -1,7 +1,7 @@
-"""A line of 1,000 to 64,000 tasks: what each of them costs.
+"""1,000 to 64,000 tasks that wait for one semaphore: the cost of each waiter.
 
-What must live here: adapters of semaphores without a permit, the floor beneath them, and what is
-done to a whole line.
+What must live here: adapters of semaphores without a permit, their floor, and the work that is done
+with all waiters.
 """
 
 from __future__ import annotations
@@ -23,56 +23,57 @@ from ..loops import crowd, run, settle
 from ..model import US, Contender, Effort, Row
 
 NOTE = """\
-Cost of each waiter. Who searches the line at every cancellation is measured with 16,000 waiters at
-most, who searches it at every release with 4,000: four times as many take 16 times as long."""
+Cost of each waiter. A semaphore that searches all waiters at each cancellation is measured with at
+most 16,000 of them, one that searches them at each release with at most 4,000: four times as many
+waiters take 16 times as long."""
 
 GRANT, CANCEL, MEMORY = "grant all, in order", "cancel all, random order", "memory of a waiter"
 MANY = 16_000
-# With how many waiters those are measured at most that search the line.
+# The largest number of waiters for semaphores that search all of them.
 LIMITS = {GRANT: 4000, CANCEL: 16_000}
 
 
 class Subject(NamedTuple):
     name: str
-    make: Callable[[], Any]  # with no permit: what has acquire() and release()
+    make: Callable[[], Any]  # without a permit; has acquire() and release()
     needs: str = ""
-    searches: tuple[str, ...] = ()  # in what works it looks through the line again and again
+    searches: tuple[str, ...] = ()  # the works in which it searches all waiters
 
 
 class Futures:
-    """The floor under asyncio: tasks that wait for nothing but a future."""
+    """The floor under asyncio: tasks that only wait for a future."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.line: deque[asyncio.Future[None]] = deque()
+        self.waiting: deque[asyncio.Future[None]] = deque()
 
     async def acquire(self) -> None:
         future = self.loop.create_future()
-        self.line.append(future)
+        self.waiting.append(future)
         await future
 
     def release(self) -> None:
-        self.line.popleft().set_result(None)
+        self.waiting.popleft().set_result(None)
 
 
 class Parked:
-    """The floor under trio: tasks that have nothing but gone to sleep."""
+    """The floor under trio: tasks that only sleep."""
 
     def __init__(self) -> None:
         import trio
 
         self.trio = trio.lowlevel
-        self.line: deque[Any] = deque()
+        self.waiting: deque[Any] = deque()
 
     def abort(self, _: Any) -> Any:
         return self.trio.Abort.SUCCEEDED
 
     async def acquire(self) -> None:
-        self.line.append(self.trio.current_task())
+        self.waiting.append(self.trio.current_task())
         await self.trio.wait_task_rescheduled(self.abort)
 
     def release(self) -> None:
-        self.trio.reschedule(self.line.popleft())
+        self.trio.reschedule(self.waiting.popleft())
 
 
 def _trio() -> Any:
@@ -109,7 +110,7 @@ SUBJECTS = {
 
 
 async def grant_all(semaphore: Any, waiters: int) -> float:
-    """Seconds for each waiter, from the first release until all have gone on."""
+    """Seconds for each waiter, from the first release until all have resumed."""
     async with crowd() as spawn:
         for _ in range(waiters):
             spawn(semaphore.acquire)
@@ -133,7 +134,7 @@ async def cancel_all(semaphore: Any, waiters: int) -> float:
 
 
 async def memory(semaphore: Any, waiters: int) -> float:
-    """Bytes for each waiter, with its task."""
+    """Bytes for each waiter, its task included."""
     tracemalloc.start()
     try:
         async with crowd() as spawn:

@@ -1,7 +1,7 @@
-"""Semaphores that tasks share: free permits, and permits that many want.
+"""Semaphores that tasks share: free permits, and one permit that many tasks want.
 
-What must live here: adapters of semaphores, and what one task or a few dozen of them do with one.
-Thousands of waiters are in `scale`, threads in `threads`.
+What must live here: adapters of semaphores, and the work of one to 50 tasks. Thousands of waiters
+are in `scale`, threads in `threads`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ..loops import checkpoint, crowd, run, settle, under_trio
 from ..model import US, Contender, Effort, Row
 
 TASKS = 50
-PATIENCE = 10  # seconds, never waited
+PATIENCE = 10  # seconds; never reached
 
 
 class Subject(NamedTuple):
     name: str
-    make: Callable[[], Any]  # what has acquire() to be awaited and release() to be called
+    make: Callable[[], Any]  # returns an object with an async acquire() and a plain release()
     needs: str = ""
 
 
 class Null:
-    """What every semaphore costs at least: a coroutine that does nothing, and a call."""
+    """The floor of every semaphore: a coroutine that does nothing, and a call."""
 
     async def acquire(self) -> bool:
         return True
@@ -40,7 +40,7 @@ class Null:
 
 
 class Checkpoint:
-    """What a semaphore that makes a checkpoint costs at least."""
+    """The floor of a semaphore that makes a checkpoint."""
 
     def __init__(self) -> None:
         self.acquire = checkpoint()
@@ -78,10 +78,11 @@ BOUNDED = (
 FLOOR = Subject("floor: null coroutine", Null)
 FLOOR_CHECKPOINT = Subject("floor: bare checkpoint", Checkpoint)
 
-# Under trio aiologic makes a checkpoint unless told otherwise, under asyncio it does not.
+# aiologic makes a checkpoint under trio by default, and none under asyncio.
 SUBJECTS: dict[str, dict[str, tuple[Subject, ...]]] = {
     "asyncio": {
         "free permit, fast_acquire": (OURS_FAST, ASYNCIO, ANYIO_FAST, AIOLOGIC, FLOOR),
+        "free permit, async with": (OURS_FAST, ASYNCIO, ANYIO_FAST, AIOLOGIC),
         "free permit": (OURS, ANYIO, FLOOR_CHECKPOINT),
         "free permit, bounded": (
             *BOUNDED,
@@ -96,6 +97,7 @@ SUBJECTS: dict[str, dict[str, tuple[Subject, ...]]] = {
     },
     "trio": {
         "free permit, fast_acquire": (OURS_FAST, ANYIO_FAST, FLOOR),
+        "free permit, async with": (OURS_FAST, ANYIO_FAST),
         "free permit": (OURS, TRIO, ANYIO, AIOLOGIC, FLOOR_CHECKPOINT),
         "free permit, bounded": BOUNDED,
         "free permit, timeout": (OURS, TRIO, ANYIO, AIOLOGIC),
@@ -106,12 +108,22 @@ SUBJECTS: dict[str, dict[str, tuple[Subject, ...]]] = {
 
 
 async def free_permit(semaphore: Any, effort: Effort, times: int = 10_000) -> float:
-    """Seconds for one acquire and release of a semaphore that nobody else uses."""
+    """Seconds for one acquire and release of a semaphore that no other task uses."""
     times = effort.times(times)
     begin = time.perf_counter()
     for _ in range(times):
         await semaphore.acquire()
         semaphore.release()
+    return (time.perf_counter() - begin) / times
+
+
+async def free_permit_async_with(semaphore: Any, effort: Effort) -> float:
+    """Seconds for one ``async with`` block of a semaphore that no other task uses."""
+    times = effort.times(10_000)
+    begin = time.perf_counter()
+    for _ in range(times):
+        async with semaphore:
+            pass
     return (time.perf_counter() - begin) / times
 
 
@@ -134,8 +146,8 @@ async def hand_off(semaphore: Any, effort: Effort) -> float:
     return (time.perf_counter() - begin) / (TASKS * times)
 
 
-class Patient:
-    """A semaphore of others with a timeout, by the means of their library."""
+class WithTimeout:
+    """A semaphore whose `acquire` has a timeout, by the means of its own library."""
 
     def __init__(self, semaphore: Any) -> None:
         self.semaphore = semaphore
@@ -164,14 +176,15 @@ class Patient:
 
 
 async def free_permit_with_timeout(semaphore: Any, effort: Effort) -> float:
-    return await free_permit(Patient(semaphore), effort, 4000)
+    return await free_permit(WithTimeout(semaphore), effort, 4000)
 
 
 async def hand_off_with_timeout(semaphore: Any, effort: Effort) -> float:
-    return await hand_off(Patient(semaphore), effort)
+    return await hand_off(WithTimeout(semaphore), effort)
 
 
 MEASURES = {
+    "free permit, async with": free_permit_async_with,
     "free permit, timeout": free_permit_with_timeout,
     "hand-off": hand_off,
     "hand-off, timeout": hand_off_with_timeout,

@@ -1,4 +1,4 @@
-"""What it takes to have the package: the time of its import, and its size.
+"""The package as a whole: the time of its import, and the size of its source.
 
 What must live here: measurements of modules as a whole.
 """
@@ -18,7 +18,7 @@ _PROGRAM = "import time; begin = time.perf_counter(); import {}; print(time.perf
 
 
 def import_time(module: str) -> float:
-    """Seconds to import `module` in a fresh interpreter that has imported nothing else."""
+    """Seconds to import `module` in a fresh interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM.format(module)], capture_output=True, text=True, check=False
     )

@@ -1,7 +1,7 @@
 """Threads: among themselves by way of `as_threading`, and together with tasks.
 
-What must live here: what threads do with semaphores and barriers, and adapters of what they may use
-instead.
+What must live here: the work of threads with semaphores and barriers, and adapters of the
+alternatives. Only the public API of aiosync is used.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ BARRIERS = (
 
 
 def free_permit(make: Callable[[int], Any], effort: Effort) -> float:
-    """Seconds for one acquire and release, where no other thread wants to."""
+    """Seconds for one acquire and release, of a semaphore that no other thread uses."""
     semaphore = make(1)
     times = effort.times(5000)
     begin = time.perf_counter()
@@ -74,7 +74,7 @@ def free_permit(make: Callable[[int], Any], effort: Effort) -> float:
 
 
 def _in_threads(count: int, work: Callable[[], object]) -> float:
-    """Return how many seconds `count` threads take that all run `work`."""
+    """Return the seconds until `count` threads have run `work` once each."""
     threads = [threading.Thread(target=work) for _ in range(count)]
     begin = time.perf_counter()
     for thread in threads:
@@ -110,7 +110,7 @@ def barrier_rounds(make: Callable[[int], Any], threads: int, effort: Effort) -> 
 
 
 def shared_by_view(backend: str, effort: Effort) -> float:
-    """Seconds for a thread to take and give back a permit that tasks take as well."""
+    """Seconds for one acquire and release by a thread, of a semaphore that tasks may use too."""
     view = aiosync.as_threading(aiosync.Semaphore(1))
     return _in_a_worker(backend, lambda: free_permit(lambda _: view, effort))
 
@@ -133,60 +133,60 @@ def _in_a_worker(backend: str, work: Callable[[], float]) -> float:
     return run(backend, partial(anyio.to_thread.run_sync, work))
 
 
-Bell = tuple[Callable[[], Awaitable[Any]], Callable[[], None]]
+Signal = tuple[Callable[[], Awaitable[Any]], Callable[[], None]]
 
 
-def hand_off(backend: str, make: Callable[[], Bell], effort: Effort) -> float:
-    """Seconds from a thread that rings to a task that has heard, and back by a raw lock."""
+def hand_off(backend: str, make: Callable[[], Signal], effort: Effort) -> float:
+    """Seconds from a thread to a task that it wakes, and back by a raw lock."""
     times = effort.times(500)
 
     async def main() -> float:
-        wait, ring = make()
-        heard = threading.Lock()
-        heard.acquire()
+        wait, wake = make()
+        awake = threading.Lock()
+        awake.acquire()
 
-        def ringer() -> None:
+        def work() -> None:
             for _ in range(times):
-                ring()
-                heard.acquire()
+                wake()
+                awake.acquire()
 
-        thread = threading.Thread(target=ringer)
+        thread = threading.Thread(target=work)
         begin = time.perf_counter()
         thread.start()
         for _ in range(times):
             await wait()
-            heard.release()
+            awake.release()
         thread.join()
         return (time.perf_counter() - begin) / times
 
     return run(backend, main)
 
 
-def by_semaphore() -> Bell:
+def by_semaphore() -> Signal:
     semaphore = aiosync.Semaphore(0, fast_acquire=True)
     return semaphore.acquire, aiosync.as_threading(semaphore).release
 
 
-def by_loop() -> Bell:
-    """Return the floor: one of two futures, by turns, so that no ring is missed."""
+def by_loop() -> Signal:
+    """Return the floor: two futures in turn, so that no wake is missed."""
     call, make = _primitives()
     futures = [make(), make()]
-    given = iter(range(10**9))
-    taken = iter(range(10**9))
+    wakes = iter(range(10**9))
+    waits = iter(range(10**9))
 
-    def ring() -> None:
-        call(futures[next(given) % 2][1])
+    def wake() -> None:
+        call(futures[next(wakes) % 2][1])
 
     async def wait() -> None:
-        number = next(taken) % 2
+        number = next(waits) % 2
         await futures[number][0]()
         futures[number] = make()
 
-    return wait, ring
+    return wait, wake
 
 
 def _primitives() -> tuple[Callable[[Callable[[], object]], object], Callable[[], Any]]:
-    """Return how a thread has the loop call something, and a maker of futures: wait, set."""
+    """Return the loop's thread-safe call, and a function that makes a future: its wait and set."""
     if under_trio():
         import trio
 
@@ -231,8 +231,8 @@ def rows(backend: str, effort: Effort) -> Iterator[Row]:
         Contender("anyio.from_thread", partial(shared_by_portal, backend, effort)),
     ]
     yield Row("threads", backend, "permit shared with tasks", shared)
-    rung = [
+    woken = [
         Contender(US, partial(hand_off, backend, by_semaphore, effort)),
         Contender(f"floor: {floor}", partial(hand_off, backend, by_loop, effort)),
     ]
-    yield Row("threads", backend, "hand-off to a task", rung)
+    yield Row("threads", backend, "hand-off to a task", woken)
