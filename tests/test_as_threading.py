@@ -236,16 +236,18 @@ def test_as_threading_of_anything_else_is_a_type_error_that_says_what_it_takes(w
         as_threading(wrong)
 
 
-def test_the_repr_of_a_view_shows_the_state() -> None:
+def test_the_repr_of_a_view_shows_the_shared_object_and_the_state() -> None:
     semaphore, bounded, barrier = Semaphore(3), BoundedSemaphore(3), Barrier(2)
     semaphore.acquire_nowait()
     bounded.acquire_nowait()
-    assert "as_threading.Semaphore at 0x" in repr(as_threading(semaphore))
-    assert repr(as_threading(semaphore)).endswith(": value=2>")
-    assert "as_threading.BoundedSemaphore at 0x" in repr(as_threading(bounded))
-    assert repr(as_threading(bounded)).endswith(": value=2/3>")
-    assert "as_threading.Barrier at 0x" in repr(as_threading(barrier))
-    assert repr(as_threading(barrier)).endswith(": waiters=0/2>")
+    view: Any
+    for shared, name, state in (
+        (semaphore, "Semaphore", "value=2"),
+        (bounded, "BoundedSemaphore", "value=2/3"),
+        (barrier, "Barrier", "waiters=0/2"),
+    ):
+        view = as_threading(shared)  # type: ignore[call-overload]
+        assert repr(view) == f"<as_threading.{name} at {id(view):#x} of {shared!r}: {state}>"
     barrier.abort()
     assert repr(as_threading(barrier)).endswith(": broken>")
 

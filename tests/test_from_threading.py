@@ -22,7 +22,7 @@ import pytest
 from helpers import PATIENCE, Aim, InThread, until, until_async, wait_for_moment
 
 import aiosync
-from aiosync import _from_threading, from_threading
+from aiosync import _helper_threads, from_threading
 
 pytestmark = pytest.mark.anyio
 
@@ -79,7 +79,7 @@ class Call:
 
 def line(view: Any) -> int:
     """How many tasks wait for what a helper gets."""
-    return len(view._helper.waiters)
+    return len(view._poller._queue.waiters)
 
 
 async def park(tg: Any, view: Any, *calls: Call) -> None:
@@ -639,7 +639,7 @@ async def test_release_of_several_passes_through_and_wakes_tasks_and_threads() -
     assert [thread.result() for thread in threads] == [True] * 3
     assert [call.outcome for call in calls] == [True] * 3
     assert not owned.acquire(blocking=False)
-    with pytest.raises(ValueError, match="n must be one or more"):
+    with pytest.raises(ValueError, match="n must be 1 or more"):
         view.release(0)
 
 
@@ -880,7 +880,7 @@ class TestEvent:
     async def test_a_helper_that_nobody_waits_for_ends_though_the_event_is_never_set(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_from_threading, "_WHILE", 0.01)  # how often it looks around
+        monkeypatch.setattr(_helper_threads, "_MAX_POLL", 0.01)  # how often it looks around
         owned = threading.Event()
         view = from_threading(owned)
         assert await view.wait(0.05) is False
