@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import create_autospec
 
 import anyio
 import anyio.from_thread
@@ -246,7 +247,7 @@ def test_the_repr_of_a_view_shows_the_shared_object_and_the_state() -> None:
         (bounded, "BoundedSemaphore", "value=2/3"),
         (barrier, "Barrier", "waiters=0/2"),
     ):
-        view = as_threading(shared)  # type: ignore[call-overload]
+        view = as_threading(shared)
         assert repr(view) == f"<as_threading.{name} at {id(view):#x} of {shared!r}: {state}>"
     barrier.abort()
     assert repr(as_threading(barrier)).endswith(": broken>")
@@ -1234,3 +1235,81 @@ def test_a_round_may_trip_just_as_a_party_that_was_too_late_to_give_up_lies_down
     twin._new_waiter = new_waiter
     assert run_in_thread(twin.wait(0)) == 0
     assert not barrier.broken
+
+
+# --- What is refused, and test doubles ---
+
+
+@pytest.mark.parametrize(
+    "view",
+    [as_threading(Semaphore()), as_threading(BoundedSemaphore()), as_threading(Barrier(1))],
+    ids=lambda view: type(view).__name__,
+)
+async def test_async_with_a_view_is_a_type_error_that_names_the_shared_object(view: Any) -> None:
+    with pytest.raises(TypeError, match="is for threads; a task uses 'async with' on the object"):
+        async with view:
+            pytest.fail("entered")
+
+
+async def test_async_with_the_view_of_a_pool_is_a_type_error_too() -> None:
+    async def connect() -> object:
+        return object()
+
+    async with aiosync.ConnectionPool(connect) as pool:
+        view: Any = as_threading(pool)
+        for context in (view, view.connection()):
+            with pytest.raises(TypeError, match=f"^{type(context).__name__} is for threads"):
+                async with context:
+                    pytest.fail("entered")
+
+
+@pytest.mark.parametrize(
+    "cls", [aiosync.ThreadSemaphore, aiosync.ThreadBoundedSemaphore, aiosync.ThreadCheckout]
+)
+def test_autospec_of_a_view_works_in_with(cls: Any) -> None:
+    double = create_autospec(cls, instance=True)
+    with double:
+        pass
+    double.__exit__.assert_called_once()
+
+
+@pytest.mark.parametrize("cls", [aiosync.ThreadBarrier, aiosync.ThreadConnectionPool])
+def test_autospec_of_a_view_without_with_has_its_methods(cls: Any) -> None:
+    double = create_autospec(cls, instance=True)
+    method = double.wait if cls is aiosync.ThreadBarrier else double.acquire
+    method(timeout=1)
+    method.assert_called_once_with(timeout=1)
+
+
+# --- A clock that stands still, as freezegun and time-machine make it ---
+
+
+@pytest.fixture
+def frozen_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `time.monotonic` stand still, also where a module of aiosync has imported it by name."""
+
+    def monotonic() -> float:
+        return 1000.0
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("aiosync") and hasattr(module, "monotonic"):
+            monkeypatch.setattr(module, "monotonic", monotonic)
+    monkeypatch.setattr(time, "monotonic", monotonic)
+
+
+@both_semaphores
+def test_a_thread_gives_up_in_time_although_the_clock_stands_still(
+    frozen_clock: None, new: type[Semaphore]
+) -> None:
+    view = as_threading(new())
+    assert view.acquire() is True
+    waiter = InThread(lambda: view.acquire(timeout=0.01))
+    assert waiter.result() is False
+
+
+def test_a_thread_at_a_barrier_gives_up_in_time_although_the_clock_stands_still(
+    frozen_clock: None,
+) -> None:
+    view = as_threading(Barrier(2))
+    party = InThread(lambda: view.wait(0.01))
+    assert isinstance(party.result(), BrokenBarrierError)
