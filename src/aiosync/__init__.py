@@ -49,4 +49,3 @@ __all__ = [
 # Tracebacks and help() show the public name, not the private module.
 for _name in __all__:
     globals()[_name].__module__ = __name__
-del _name
