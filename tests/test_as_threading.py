@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -44,6 +45,16 @@ both_semaphores = pytest.mark.parametrize("new", [Semaphore, BoundedSemaphore])
 LOOPS: dict[str, tuple[str, dict[str, Any]]] = {"asyncio": ("asyncio", {}), "trio": ("trio", {})}
 if importlib.util.find_spec("uvloop") is not None:
     LOOPS["uvloop"] = ("asyncio", {"use_uvloop": True})
+
+
+class Integer:
+    """An integer that is not an int, such as those of numpy."""
+
+    def __init__(self, value: int) -> None:
+        self._value = value
+
+    def __index__(self) -> int:
+        return self._value
 
 
 class InLoop:
@@ -1313,3 +1324,57 @@ def test_a_thread_at_a_barrier_gives_up_in_time_although_the_clock_stands_still(
     view = as_threading(Barrier(2))
     party = InThread(lambda: view.wait(0.01))
     assert isinstance(party.result(), BrokenBarrierError)
+
+
+# --- What needs the strict checks of arguments ---
+
+
+@both_semaphores
+def test_blocking_is_a_bool(new: type[Semaphore]) -> None:
+    semaphore = new()
+    view: Any = as_threading(semaphore)
+    for wrong in (0.5, 2, "x", None, timedelta(seconds=1)):
+        with pytest.raises(TypeError, match="timeout="):
+            view.acquire(wrong)
+    with pytest.raises(TypeError, match=r"\.total_seconds\(\)"):
+        view.acquire(timeout=timedelta(seconds=1))
+    assert_free(semaphore, 1)
+    assert view.acquire(1) is True
+    assert view.acquire(0) is False
+    with pytest.raises(TypeError, match="n must be an int"):
+        view.release(1.0)
+    view.release(Integer(1))
+    assert_free(semaphore, 1)
+
+
+def test_several_permits_are_released_by_an_integer_of_another_type() -> None:
+    semaphore = Semaphore(0)
+    view: Any = as_threading(semaphore)
+    view.release(Integer(3))
+    assert_free(semaphore, 3)
+
+
+def test_the_timeout_of_a_barrier_is_no_timedelta() -> None:
+    barrier = Barrier(1)
+    view: Any = as_threading(barrier)
+    with pytest.raises(TypeError, match=r"\.total_seconds\(\)"):
+        view.wait(timedelta(seconds=1))
+    assert not barrier.broken
+
+
+# --- What needs a waiter of pools that does not rely on the clock ---
+
+
+async def test_a_thread_gives_up_a_connection_in_time_although_the_clock_stands_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def connect() -> object:
+        return object()
+
+    async with aiosync.ConnectionPool(connect, max_size=1) as pool, pool.connection():
+        view = as_threading(pool)
+        # The clock of the event loop goes on; only that of the waiting thread stands still.
+        monkeypatch.setattr("aiosync._park.monotonic", lambda: 1000.0, raising=False)
+        waiter = InThread(lambda: view.acquire(timeout=0.6))
+        await until_async(waiter.done)
+    assert isinstance(waiter.result(), aiosync.PoolTimeout)

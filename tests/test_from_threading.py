@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
+from datetime import timedelta
 from typing import Any
 from unittest.mock import create_autospec
 
@@ -1377,6 +1378,28 @@ def test_release_takes_integers_only() -> None:
     assert not owned.acquire(blocking=False)
     view.release(True)
     assert_one_permit(owned)
+    view.release(Integer())
+    assert [owned.acquire(blocking=False) for _ in range(3)] == [True, True, False]
+
+
+@every_acquirable
+async def test_blocking_is_a_bool(new: Callable[[], Any]) -> None:
+    owned = new()
+    owned.release()
+    view: Any = from_threading(owned)
+    for wrong in (0.5, 2, "x", None, timedelta(seconds=1)):
+        with pytest.raises(TypeError, match="timeout="):
+            await view.acquire(wrong)
+    with pytest.raises(TypeError, match=r"\.total_seconds\(\)"):
+        await view.acquire(timeout=timedelta(seconds=1))
+    assert_one_permit(owned)
+
+
+@pytest.mark.parametrize("new", [threading.Event, lambda: threading.Barrier(1)])
+async def test_the_timeout_of_a_wait_is_no_timedelta(new: Callable[[], Any]) -> None:
+    view: Any = from_threading(new())
+    with pytest.raises(TypeError, match=r"\.total_seconds\(\)"):
+        await view.wait(timedelta(seconds=1))
 
 
 @pytest.mark.parametrize("cls", [aiosync.TaskSemaphore, aiosync.TaskLock])
