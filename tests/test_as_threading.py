@@ -17,10 +17,12 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import create_autospec
 
 import anyio
 import anyio.from_thread
@@ -43,6 +45,16 @@ both_semaphores = pytest.mark.parametrize("new", [Semaphore, BoundedSemaphore])
 LOOPS: dict[str, tuple[str, dict[str, Any]]] = {"asyncio": ("asyncio", {}), "trio": ("trio", {})}
 if importlib.util.find_spec("uvloop") is not None:
     LOOPS["uvloop"] = ("asyncio", {"use_uvloop": True})
+
+
+class Integer:
+    """An integer that is not an int, such as those of numpy."""
+
+    def __init__(self, value: int) -> None:
+        self._value = value
+
+    def __index__(self) -> int:
+        return self._value
 
 
 class InLoop:
@@ -236,16 +248,18 @@ def test_as_threading_of_anything_else_is_a_type_error_that_says_what_it_takes(w
         as_threading(wrong)
 
 
-def test_the_repr_of_a_view_shows_the_state() -> None:
+def test_the_repr_of_a_view_shows_the_shared_object_and_the_state() -> None:
     semaphore, bounded, barrier = Semaphore(3), BoundedSemaphore(3), Barrier(2)
     semaphore.acquire_nowait()
     bounded.acquire_nowait()
-    assert "as_threading.Semaphore at 0x" in repr(as_threading(semaphore))
-    assert repr(as_threading(semaphore)).endswith(": value=2>")
-    assert "as_threading.BoundedSemaphore at 0x" in repr(as_threading(bounded))
-    assert repr(as_threading(bounded)).endswith(": value=2/3>")
-    assert "as_threading.Barrier at 0x" in repr(as_threading(barrier))
-    assert repr(as_threading(barrier)).endswith(": waiters=0/2>")
+    view: Any
+    for shared, name, state in (
+        (semaphore, "Semaphore", "value=2"),
+        (bounded, "BoundedSemaphore", "value=2/3"),
+        (barrier, "Barrier", "waiters=0/2"),
+    ):
+        view = as_threading(shared)
+        assert repr(view) == f"<as_threading.{name} at {id(view):#x} of {shared!r}: {state}>"
     barrier.abort()
     assert repr(as_threading(barrier)).endswith(": broken>")
 
@@ -1234,3 +1248,135 @@ def test_a_round_may_trip_just_as_a_party_that_was_too_late_to_give_up_lies_down
     twin._new_waiter = new_waiter
     assert run_in_thread(twin.wait(0)) == 0
     assert not barrier.broken
+
+
+# --- What is refused, and test doubles ---
+
+
+@pytest.mark.parametrize(
+    "view",
+    [as_threading(Semaphore()), as_threading(BoundedSemaphore()), as_threading(Barrier(1))],
+    ids=lambda view: type(view).__name__,
+)
+async def test_async_with_a_view_is_a_type_error_that_names_the_shared_object(view: Any) -> None:
+    with pytest.raises(TypeError, match="is for threads; a task uses 'async with' on the object"):
+        async with view:
+            pytest.fail("entered")
+
+
+async def test_async_with_the_view_of_a_pool_is_a_type_error_too() -> None:
+    async def connect() -> object:
+        return object()
+
+    async with aiosync.ConnectionPool(connect) as pool:
+        view: Any = as_threading(pool)
+        for context in (view, view.connection()):
+            with pytest.raises(TypeError, match=f"^{type(context).__name__} is for threads"):
+                async with context:
+                    pytest.fail("entered")
+
+
+@pytest.mark.parametrize(
+    "cls", [aiosync.ThreadSemaphore, aiosync.ThreadBoundedSemaphore, aiosync.ThreadCheckout]
+)
+def test_autospec_of_a_view_works_in_with(cls: Any) -> None:
+    double = create_autospec(cls, instance=True)
+    with double:
+        pass
+    double.__exit__.assert_called_once()
+
+
+@pytest.mark.parametrize("cls", [aiosync.ThreadBarrier, aiosync.ThreadConnectionPool])
+def test_autospec_of_a_view_without_with_has_its_methods(cls: Any) -> None:
+    double = create_autospec(cls, instance=True)
+    method = double.wait if cls is aiosync.ThreadBarrier else double.acquire
+    method(timeout=1)
+    method.assert_called_once_with(timeout=1)
+
+
+# --- A clock that stands still, as freezegun and time-machine make it ---
+
+
+@pytest.fixture
+def frozen_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `time.monotonic` stand still, also where a module of aiosync has imported it by name."""
+
+    def monotonic() -> float:
+        return 1000.0
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("aiosync") and hasattr(module, "monotonic"):
+            monkeypatch.setattr(module, "monotonic", monotonic)
+    monkeypatch.setattr(time, "monotonic", monotonic)
+
+
+@both_semaphores
+def test_a_thread_gives_up_in_time_although_the_clock_stands_still(
+    frozen_clock: None, new: type[Semaphore]
+) -> None:
+    view = as_threading(new())
+    assert view.acquire() is True
+    waiter = InThread(lambda: view.acquire(timeout=0.01))
+    assert waiter.result() is False
+
+
+def test_a_thread_at_a_barrier_gives_up_in_time_although_the_clock_stands_still(
+    frozen_clock: None,
+) -> None:
+    view = as_threading(Barrier(2))
+    party = InThread(lambda: view.wait(0.01))
+    assert isinstance(party.result(), BrokenBarrierError)
+
+
+# --- What needs the strict checks of arguments ---
+
+
+@both_semaphores
+def test_blocking_is_a_bool(new: type[Semaphore]) -> None:
+    semaphore = new()
+    view: Any = as_threading(semaphore)
+    for wrong in (0.5, 2, "x", None, timedelta(seconds=1)):
+        with pytest.raises(TypeError, match="timeout="):
+            view.acquire(wrong)
+    with pytest.raises(TypeError, match=r"\.total_seconds\(\)"):
+        view.acquire(timeout=timedelta(seconds=1))
+    assert_free(semaphore, 1)
+    assert view.acquire(1) is True
+    assert view.acquire(0) is False
+    with pytest.raises(TypeError, match="n must be an int"):
+        view.release(1.0)
+    view.release(Integer(1))
+    assert_free(semaphore, 1)
+
+
+def test_several_permits_are_released_by_an_integer_of_another_type() -> None:
+    semaphore = Semaphore(0)
+    view: Any = as_threading(semaphore)
+    view.release(Integer(3))
+    assert_free(semaphore, 3)
+
+
+def test_the_timeout_of_a_barrier_is_no_timedelta() -> None:
+    barrier = Barrier(1)
+    view: Any = as_threading(barrier)
+    with pytest.raises(TypeError, match=r"\.total_seconds\(\)"):
+        view.wait(timedelta(seconds=1))
+    assert not barrier.broken
+
+
+# --- What needs a waiter of pools that does not rely on the clock ---
+
+
+async def test_a_thread_gives_up_a_connection_in_time_although_the_clock_stands_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def connect() -> object:
+        return object()
+
+    async with aiosync.ConnectionPool(connect, max_size=1) as pool, pool.connection():
+        view = as_threading(pool)
+        # The clock of the event loop goes on; only that of the waiting thread stands still.
+        monkeypatch.setattr("aiosync._park.monotonic", lambda: 1000.0, raising=False)
+        waiter = InThread(lambda: view.acquire(timeout=0.6))
+        await until_async(waiter.done)
+    assert isinstance(waiter.result(), aiosync.PoolTimeout)

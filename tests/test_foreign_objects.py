@@ -14,7 +14,7 @@ import pytest
 from anyio import create_task_group, wait_all_tasks_blocked
 from helpers import PATIENCE, until_async
 
-from aiosync import _from_threading, from_threading
+from aiosync import _helper_threads, from_threading
 
 pytestmark = pytest.mark.anyio
 
@@ -55,7 +55,7 @@ async def test_a_helper_that_can_not_be_started_is_an_error_and_no_hang(
     semaphore, event = threading.Semaphore(0), threading.Event()
     acquire, wait = from_threading(semaphore), from_threading(event)
     with monkeypatch.context() as patch:
-        patch.setattr(_from_threading, "_start", refuse)
+        patch.setattr(_helper_threads, "start_thread", refuse)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             await acquire.acquire()
         with pytest.raises(RuntimeError, match="can't start new thread"):
@@ -90,7 +90,7 @@ async def test_a_wait_for_an_event_that_ends_leaves_no_trace() -> None:
     view = from_threading(event)
     for _ in range(20):
         assert await view.wait(0.001) is False
-    assert view._vigil is None or view._vigil.waiters == {}
+    assert view._watcher._watch is None or view._watcher._watch.waiters == {}
     await until_async(lambda: helpers() == 0)
     event.set()
     assert await view.wait() is True

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import inspect
 import math
 import pickle
 import random
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
+from datetime import timedelta
 from typing import Any
+from unittest.mock import create_autospec
 
 import anyio
 import anyio.from_thread
@@ -22,7 +26,7 @@ import pytest
 from helpers import PATIENCE, Aim, InThread, until, until_async, wait_for_moment
 
 import aiosync
-from aiosync import _from_threading, from_threading
+from aiosync import _helper_threads, from_threading
 
 pytestmark = pytest.mark.anyio
 
@@ -79,7 +83,7 @@ class Call:
 
 def line(view: Any) -> int:
     """How many tasks wait for what a helper gets."""
-    return len(view._helper.waiters)
+    return len(view._poller._queue.waiters)
 
 
 async def park(tg: Any, view: Any, *calls: Call) -> None:
@@ -645,7 +649,7 @@ async def test_release_of_several_passes_through_and_wakes_tasks_and_threads() -
     assert [thread.result() for thread in threads] == [True] * 3
     assert [call.outcome for call in calls] == [True] * 3
     assert not owned.acquire(blocking=False)
-    with pytest.raises(ValueError, match="n must be one or more"):
+    with pytest.raises(ValueError, match="n must be 1 or more"):
         view.release(0)
 
 
@@ -886,7 +890,7 @@ class TestEvent:
     async def test_a_helper_that_nobody_waits_for_ends_though_the_event_is_never_set(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_from_threading, "_WHILE", 0.01)  # how often it looks around
+        monkeypatch.setattr(_helper_threads, "_MAX_POLL", 0.01)  # how often it looks around
         owned = threading.Event()
         view = from_threading(owned)
         assert await view.wait(0.05) is False
@@ -1352,3 +1356,220 @@ def test_no_permit_is_lost_or_invented_in_a_storm_of_threads_and_tasks(seed: int
     assert storm.refused["asyncio"]
     assert storm.refused["trio"]
     assert [storm.owned.acquire(blocking=False) for _ in range(4)] == [True] * 3 + [False]
+
+
+# --- What is refused, and test doubles ---
+
+
+def test_with_a_view_is_a_type_error_that_names_async_with() -> None:
+    for new in ALL[:3]:
+        view: Any = from_threading(new())
+        expected = f"^{type(view).__name__} needs 'async with' in a task"
+        with pytest.raises(TypeError, match=expected), view:
+            pytest.fail("entered")
+
+
+def test_release_takes_integers_only() -> None:
+    class Integer:
+        def __index__(self) -> int:
+            return 2
+
+    owned = threading.Semaphore(0)
+    view: Any = from_threading(owned)
+    for wrong in (1.0, 2.5, "1", None):
+        with pytest.raises(TypeError, match="n must be an int"):
+            view.release(wrong)
+    for few in (0, -1):
+        with pytest.raises(ValueError, match="n must be 1 or more"):
+            view.release(few)
+    assert not owned.acquire(blocking=False)
+    view.release(True)
+    assert_one_permit(owned)
+    view.release(Integer())
+    assert [owned.acquire(blocking=False) for _ in range(3)] == [True, True, False]
+
+
+@every_acquirable
+async def test_blocking_is_a_bool(new: Callable[[], Any]) -> None:
+    owned = new()
+    owned.release()
+    view: Any = from_threading(owned)
+    for wrong in (0.5, 2, "x", None, timedelta(seconds=1)):
+        with pytest.raises(TypeError, match="timeout="):
+            await view.acquire(wrong)
+    with pytest.raises(TypeError, match=r"\.total_seconds\(\)"):
+        await view.acquire(timeout=timedelta(seconds=1))
+    assert_one_permit(owned)
+
+
+@pytest.mark.parametrize("new", [threading.Event, lambda: threading.Barrier(1)])
+async def test_the_timeout_of_a_wait_is_no_timedelta(new: Callable[[], Any]) -> None:
+    view: Any = from_threading(new())
+    with pytest.raises(TypeError, match=r"\.total_seconds\(\)"):
+        await view.wait(timedelta(seconds=1))
+
+
+@pytest.mark.parametrize("cls", [aiosync.TaskSemaphore, aiosync.TaskLock])
+async def test_autospec_of_a_view_works_in_async_with(cls: Any) -> None:
+    assert inspect.iscoroutinefunction(cls.__aenter__)
+    double = create_autospec(cls, instance=True)
+    async with double:
+        pass
+    double.__aexit__.assert_awaited_once()
+    double.acquire.return_value = True
+    assert await double.acquire(timeout=1) is True
+
+
+@pytest.mark.parametrize("cls", [aiosync.TaskEvent, aiosync.TaskBarrier])
+async def test_autospec_of_a_view_can_be_awaited(cls: Any) -> None:
+    double = create_autospec(cls, instance=True)
+    await double.wait(1)
+    double.wait.assert_awaited_once_with(1)
+
+
+# --- A clock that stands still, as freezegun and time-machine make it ---
+
+
+@pytest.fixture
+def frozen_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `time.monotonic` stand still, also where a module of aiosync has imported it by name."""
+
+    def monotonic() -> float:
+        return 1000.0
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("aiosync") and hasattr(module, "monotonic"):
+            monkeypatch.setattr(module, "monotonic", monotonic)
+    monkeypatch.setattr(time, "monotonic", monotonic)
+
+
+async def spin(condition: Callable[[], object]) -> None:
+    """Let the event loop run until `condition` is true; a frozen event loop cannot sleep."""
+    end = time.perf_counter() + PATIENCE
+    while not condition():
+        assert time.perf_counter() < end
+        await anyio.lowlevel.checkpoint()
+
+
+class TestFrozenClock:
+    @every_acquirable
+    async def test_a_task_gets_what_a_thread_releases(
+        self, frozen_clock: None, new: Callable[[], Any]
+    ) -> None:
+        owned = new()
+        view: Any = from_threading(owned)
+        calls = [Call(view.acquire), Call(lambda: view.acquire(timeout=PATIENCE))]
+        async with anyio.create_task_group() as tg:
+            for number, call in enumerate(calls):
+                tg.start_soon(call)
+                await spin(lambda: line(view) == number + 1)  # noqa: B023
+            for call in calls:
+                owned.release()
+                await spin(lambda: call.done)  # noqa: B023
+        assert [call.outcome for call in calls] == [True] * 2
+
+    @every_acquirable
+    async def test_a_cancelled_task_does_not_hang(
+        self, frozen_clock: None, new: Callable[[], Any]
+    ) -> None:
+        owned = new()
+        view: Any = from_threading(owned)
+        call = Call(view.acquire)
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(call)
+            await spin(lambda: line(view) == 1)
+            call.scope.cancel()
+            await spin(lambda: call.done and not helpers())
+        assert call.cancelled
+
+    async def test_an_event_wakes_tasks(self, frozen_clock: None) -> None:
+        owned = threading.Event()
+        call = Call(lambda: from_threading(owned).wait(PATIENCE))
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(call)
+            await spin(helpers)
+            owned.set()
+            await spin(lambda: call.done)
+        assert call.outcome is True
+
+    async def test_a_cancelled_task_leaves_its_barrier(self, frozen_clock: None) -> None:
+        owned = threading.Barrier(2)
+        call = Call(from_threading(owned).wait)
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(call)
+            await spin(lambda: owned.n_waiting == 1)
+            call.scope.cancel()
+            await spin(lambda: call.done)
+        assert call.cancelled
+        assert owned.broken
+
+    async def test_a_barrier_breaks_after_the_timeout_of_a_task(self, frozen_clock: None) -> None:
+        owned = threading.Barrier(2)
+        call = Call(lambda: from_threading(owned).wait(0.01))
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(call)
+            await spin(lambda: call.done)
+        assert isinstance(call.outcome, threading.BrokenBarrierError)
+
+
+# --- The threads that serve tasks ---
+
+
+async def test_a_cancelled_task_does_not_wait_for_tasks_that_came_during_its_last_poll() -> None:
+    polling, go_on = threading.Event(), threading.Event()
+
+    class Gated(threading.Semaphore):
+        def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+            if blocking:
+                polling.set()
+                assert go_on.wait(PATIENCE)
+                timeout = 0.001
+            return super().acquire(blocking, timeout)
+
+    owned = Gated(0)
+    view = from_threading(owned)
+    first, second = Call(view.acquire), Call(view.acquire)
+    async with anyio.create_task_group() as tg:
+        await park(tg, view, first)
+        await until_async(polling.is_set)
+        first.scope.cancel()
+        await until_async(lambda: view._poller._stop_waiters)
+        await park(tg, view, second)
+        go_on.set()
+        await until_async(lambda: first.done)
+        assert not second.done
+        owned.release()
+    assert first.cancelled
+    assert second.outcome is True
+
+
+async def test_a_poller_takes_nothing_while_its_only_task_was_served_but_has_not_run() -> None:
+    owned = Watched(0)
+    view = from_threading(owned)
+    call = Call(view.acquire)
+    async with anyio.create_task_group() as tg:
+        await park(tg, view, call)
+        await until_async(lambda: owned.inside == 1)
+        owned.release(2)
+        # The event loop stands still, so the task stays a client of the poller.
+        until(lambda: not line(view) and not owned.inside)
+        for _ in range(20):
+            assert owned.inside == 0
+            time.sleep(0.0005)
+        assert_one_permit(owned)
+    assert call.outcome is True
+
+
+async def test_a_closed_coroutine_can_be_finalized_while_its_view_holds_its_lock() -> None:
+    for view, lock in (
+        (from_threading(threading.Semaphore(0)), "_poller"),
+        (from_threading(threading.Event()), "_watcher"),
+    ):
+        coroutine: Any = view.acquire() if hasattr(view, "acquire") else view.wait()
+        coroutine.send(None)
+        with getattr(view, lock)._lock:
+            closing = InThread(coroutine.close)
+            until(closing.done)
+        assert closing.result() is None
+        if isinstance(view, aiosync.TaskEvent):
+            view.set()

@@ -8,8 +8,8 @@ _borrowing what borrows for the length of a block
 _face      what a user sees
 """
 
-from ._borrowing import Borrowing
+from ._borrowing import Borrowing, Checkout
 from ._face import ConnectionPool
 from ._records import ConnectionInfo, PoolEvent
 
-__all__ = ["Borrowing", "ConnectionInfo", "ConnectionPool", "PoolEvent"]
+__all__ = ["Borrowing", "Checkout", "ConnectionInfo", "ConnectionPool", "PoolEvent"]
