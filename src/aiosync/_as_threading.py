@@ -18,6 +18,7 @@ from ._semaphore import BoundedSemaphore, Semaphore
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from ._barrier import BarrierStatistics
     from ._pool import ConnectionInfo
 
 T = TypeVar("T")
@@ -154,6 +155,11 @@ class ThreadBarrier(NotCopied):
         self._shared.reset()
 
     @property
+    def name(self) -> str | None:
+        """The name of the barrier."""
+        return self._shared.name
+
+    @property
     def parties(self) -> int:
         """How many have to arrive. The same as `threading.Barrier.parties`."""
         return self._shared.parties
@@ -168,9 +174,14 @@ class ThreadBarrier(NotCopied):
         """Whether `wait` raises BrokenBarrierError. The same as `threading.Barrier.broken`."""
         return self._shared.broken
 
+    def statistics(self) -> BarrierStatistics:
+        """Return what `Barrier.statistics` returns."""
+        return self._shared.statistics()
+
     def __repr__(self) -> str:
+        name = "" if self.name is None else f" {self.name!r}"
         state = "broken" if self.broken else f"waiters={self.n_waiting}/{self.parties}"
-        return f"<as_threading.Barrier at {id(self):#x}: {state}>"
+        return f"<as_threading.Barrier{name} at {id(self):#x}: {state}>"
 
 
 class ThreadConnectionPool(NotCopied, Generic[T]):

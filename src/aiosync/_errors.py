@@ -8,18 +8,61 @@ from __future__ import annotations
 
 import threading
 from math import isnan
-from typing import NoReturn, SupportsIndex
+from typing import Literal, NoReturn, SupportsIndex, TypeAlias
 
 from ._park import AsyncioBrokenBarrierError
+
+BrokenReason: TypeAlias = Literal["aborted", "reset", "timeout", "cancelled", "action"]
 
 
 class BrokenBarrierError(threading.BrokenBarrierError, AsyncioBrokenBarrierError):
     """Raised by `Barrier.wait` when the barrier is, or becomes, broken.
 
-    It is a `threading.BrokenBarrierError` and, from Python 3.11 on, an `asyncio.BrokenBarrierError`
-    too, so an ``except`` clause written for either keeps working. The message says what broke the
-    barrier: a timeout, a cancellation, `Barrier.abort`, `Barrier.reset` or an action that raised.
+    It is a `threading.BrokenBarrierError` and an `asyncio.BrokenBarrierError` too, so an ``except``
+    clause written for either keeps working. If the action of the barrier raised, that exception is
+    the ``__cause__``.
     """
+
+    reason: BrokenReason | None
+    """What broke the barrier; None if the error was not raised by a `Barrier`.
+
+    "aborted", "reset": a call of `Barrier.abort` or `Barrier.reset`. "timeout": a party waited
+    longer than its timeout. "cancelled": a party was cancelled or interrupted while it waited, or
+    had left when the last one arrived. "action": the action raised.
+    """
+
+    arrived: int
+    """How many parties had arrived when the barrier broke."""
+
+    parties: int
+    """How many parties a round of the barrier takes."""
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        reason: BrokenReason | None = None,
+        arrived: int = 0,
+        parties: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.arrived = arrived
+        self.parties = parties
+
+
+def broken_barrier(
+    name: str | None, reason: BrokenReason, arrived: int, parties: int
+) -> BrokenBarrierError:
+    """Return the error for a party of a barrier that is broken."""
+    barrier = "barrier" if name is None else f"barrier {name!r}"
+    hint = "; call reset() to use it again" if reason == "aborted" else ""
+    return BrokenBarrierError(
+        f"{barrier} is broken: {reason} (arrived={arrived}, parties={parties}){hint}",
+        reason=reason,
+        arrived=arrived,
+        parties=parties,
+    )
 
 
 # The names of the next three are those of psycopg_pool.
