@@ -666,10 +666,8 @@ class BarrierMachine(Machine[BarrierModel]):
         self.agree((barrier.broken, self.view.broken), (broken, broken))
         known = barrier.statistics()
         self.agree((known.parties, known.broken), (model.parties, broken))
-        asleep = 0 if broken else len(
-            [party for party in model.of_round(model.round) if not (party.action or party.cancelled)]
-        )
-        self.agree((known.tasks_waiting, known.threads_waiting), (asleep, 0))
+        there = [p for p in model.of_round(model.round) if not (p.cancelled or p.late or p.action)]
+        self.agree((known.tasks_waiting, known.threads_waiting), (len(there) * (not broken), 0))
         self.agree(self.actions, model.actions)
         self.agree(len(self.running), len([p for p in model.asleep.values() if p.action]))
         assert ("broken" if broken else f"waiting={waiting} ") in repr(barrier)
