@@ -1232,16 +1232,14 @@ def test_a_round_may_trip_just_as_a_party_that_was_too_late_to_give_up_lies_down
         last.append(InThread(as_threading(barrier).wait))
         assert acting.wait(PATIENCE)
 
-    class Threads(_Threads):
-        __slots__ = ()
-
-        def new_waiter(self) -> ThreadWaiter:
-            go.set()
-            assert last[0].result() == 1
-            return thread_waiter()
+    def new_waiter() -> ThreadWaiter:
+        go.set()
+        assert last[0].result() == 1
+        return thread_waiter()
 
     barrier._rounds.latest.indices = Indices(barrier._rounds.latest.indices, come_last)
     twin = barrier._for_threads()
-    twin._kind = Threads()
+    twin._kind = _Threads()
+    twin._kind.new_waiter = new_waiter
     assert run_in_thread(twin.wait(0)) == 0
     assert not barrier.broken

@@ -1100,8 +1100,8 @@ A_PARTY_LOOKS_FIRST: list[Change] = [
                 "            seen = round.outcome\n            if waiter is not None:\n",
             ),
             (
-                "                    if round.outcome is None:\n    ",
-                "                    if seen is None:\n    ",
+                "if timeout is None and round.outcome is None:",
+                "if timeout is None and seen is None:",
             ),
         ],
     )

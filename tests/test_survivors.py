@@ -336,12 +336,6 @@ def test_a_thread_that_is_interrupted_while_the_action_runs_keeps_no_other_aslee
             assert acting.wait(PATIENCE)
             raise Interrupt
 
-    class InterruptedThreads(_Threads):
-        __slots__ = ()
-
-        def new_waiter(self) -> ThreadWaiter:
-            return Interrupted()
-
     def action() -> None:
         acting.set()
         until(lambda: parties[1].done())  # nobody leaves after that before the round trips
@@ -353,7 +347,8 @@ def test_a_thread_that_is_interrupted_while_the_action_runs_keeps_no_other_aslee
     for number in range(4):
         view = as_threading(barrier)
         if number == 1:
-            view._shared._kind = InterruptedThreads()
+            view._shared._kind = _Threads()
+            view._shared._kind.new_waiter = Interrupted
         parties.append(InThread(view.wait))
         if number < 3:
             until(lambda number=number: len(round.threads) == number + 1)  # type: ignore[misc]

@@ -74,9 +74,6 @@ _Outcome = Union[str, _Broken]
 # the action is still running and may fail.
 _FULL, _TRIPPED = "full", "tripped"
 
-# The index of a party before it has arrived.
-_NOT_ARRIVED = -1
-
 _done = methodcaller("done")
 
 _PLAIN_WITH = (
@@ -175,24 +172,28 @@ class _Round:
 class _Tasks:
     """How a task waits in a round."""
 
-    __slots__ = ()
+    __slots__ = ("new_waiter",)
+
+    # The only party makes a waiter too. It fails where a checkpoint would, but before the action.
+    waiter_if_alone = True
 
     # A party of one never waits for others. Without a checkpoint other tasks might never run.
     pass_alone: Callable[[], Awaitable[None]] = staticmethod(checkpoint)
 
-    def new_waiter(self) -> Waiter:
-        return task_waiter()
+    def __init__(self) -> None:
+        # In a slot, not a method: on the hot path, see docs/performance.md.
+        self.new_waiter: Callable[[], Waiter] = task_waiter
 
-    def prepare(self, rounds: _Rounds, timeout: float | None) -> Waiter | None:
-        """Return the waiter of a party that is about to arrive, or fail before it arrives."""
-        return task_waiter()
+    def new_waiter_within(self, timeout: float) -> Waiter | None:
+        """Return the waiter of a party that has a timeout."""
+        return self.new_waiter()
 
     def publish(self, round: _Round, waiter: Waiter) -> None:
         round.waiters.append(waiter)
 
     def waiter_again(self, waiter: Waiter | None) -> Waiter:
         """Return the waiter for a second sleep in the same round."""
-        return task_waiter()
+        return self.new_waiter()
 
     def leave(self, round: _Round, waiter: Waiter | None) -> None:
         """Do nothing: the tasks of a round are all woken at once."""
@@ -210,16 +211,16 @@ class _Tasks:
 class _Threads:
     """How a thread waits in a round."""
 
-    __slots__ = ()
+    __slots__ = ("new_waiter",)
 
-    def new_waiter(self) -> Waiter:
-        return thread_waiter()
+    waiter_if_alone = False
 
-    def prepare(self, rounds: _Rounds, timeout: float | None) -> Waiter | None:
-        """Return the waiter of a party that is about to arrive; None if it will not wait."""
-        if rounds.last == 0 or (timeout is not None and timeout <= 0):
-            return None
-        return self.new_waiter()
+    def __init__(self) -> None:
+        self.new_waiter: Callable[[], Waiter] = thread_waiter
+
+    def new_waiter_within(self, timeout: float) -> Waiter | None:
+        """Return the waiter of a party that has a timeout; None if it will not wait."""
+        return self.new_waiter() if timeout > 0 else None
 
     def publish(self, round: _Round, waiter: Waiter) -> None:
         round.threads[waiter] = None
@@ -486,16 +487,19 @@ class Barrier(NotCopied):
         kind = self._kind
         round = rounds.latest
         waiter: Waiter | None = None
-        index = _NOT_ARRIVED
+        index = -1  # not arrived
         try:
-            while index < 0:
+            while True:
                 if round.outcome is not None:
                     round = rounds.unbroken()
                 # Made before the party arrives, since it may fail. The last one needs none.
-                if len(round.indices) != 1 or not rounds.last:
-                    waiter = kind.prepare(rounds, timeout)
+                if len(round.indices) != 1 or (rounds.last == 0 and kind.waiter_if_alone):
+                    waiter = (
+                        kind.new_waiter() if timeout is None else kind.new_waiter_within(timeout)
+                    )
                 try:
                     index = round.indices.pop()
+                    break
                 except IndexError:
                     await self._wait_for_action(round)
                 except BaseException:
@@ -512,10 +516,9 @@ class Barrier(NotCopied):
                 return index
             if waiter is not None:
                 kind.publish(round, waiter)
-                if timeout is None:
-                    if round.outcome is None:
-                        await waiter
-                elif timeout > 0 and round.outcome is None:
+                if timeout is None and round.outcome is None:
+                    await waiter
+                elif timeout is not None and timeout > 0 and round.outcome is None:
                     await wait_with_timeout(waiter, timeout)
             if round.outcome is None and not round.break_("timeout", although_full=False):
                 # Too late for a timeout: all have arrived, and the action runs.
