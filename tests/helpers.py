@@ -76,21 +76,21 @@ class InThread:
         return self._result
 
 
-class Places(list[int]):
-    """Those of a round of a barrier.
+class Indices(list[int]):
+    """The free indices of a round of a barrier.
 
     :param arrived: called when the first party has arrived, before it does anything else
     """
 
-    def __init__(self, places: Iterable[int], arrived: Callable[[], object]) -> None:
-        super().__init__(places)
+    def __init__(self, indices: Iterable[int], arrived: Callable[[], object]) -> None:
+        super().__init__(indices)
         self._arrived = arrived
 
     def pop(self, index: Any = -1) -> int:
-        place = super().pop(index)
-        if place == 0:
+        taken = super().pop(index)
+        if taken == 0:
             self._arrived()
-        return place
+        return taken
 
 
 class Aim:

@@ -239,8 +239,8 @@ class Meeting:
         self.barrier = Barrier(parties, self._act if action else None)
         self.view = as_threading(self.barrier)
         rounds = self.barrier._rounds
-        rounds._places = Places(parties)
-        rounds.latest = _Round(rounds._places.copy())
+        rounds._indices = Places(parties)
+        rounds.latest = _Round(rounds._indices.copy())
         # By the number of the round and the index: the outcome, and two ticks of a clock: when the
         # party was about to arrive, and when it had left.
         self._outcomes: dict[int, dict[int, tuple[str, int, int]]] = {}

@@ -28,10 +28,20 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
-from helpers import PATIENCE, Aim, InThread, Places, spin_until, until, until_async, wait_for_moment
+from helpers import (
+    PATIENCE,
+    Aim,
+    Indices,
+    InThread,
+    spin_until,
+    until,
+    until_async,
+    wait_for_moment,
+)
 
 import aiosync
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore, as_threading
+from aiosync._barrier import _Threads
 from aiosync._park import ThreadWaiter, run_in_thread, thread_waiter
 
 pytestmark = pytest.mark.anyio
@@ -1243,9 +1253,10 @@ def test_a_round_may_trip_just_as_a_party_that_was_too_late_to_give_up_lies_down
         assert last[0].result() == 1
         return thread_waiter()
 
-    barrier._rounds.latest.places = Places(barrier._rounds.latest.places, come_last)
+    barrier._rounds.latest.indices = Indices(barrier._rounds.latest.indices, come_last)
     twin = barrier._for_threads()
-    twin._new_waiter = new_waiter
+    twin._kind = _Threads()
+    twin._kind.new_waiter = new_waiter
     assert run_in_thread(twin.wait(0)) == 0
     assert not barrier.broken
 

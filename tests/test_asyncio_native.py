@@ -226,7 +226,7 @@ class TestBarrier:
         barrier = Barrier(3)
         tasks = [await start(barrier.wait()) for _ in range(2)]
         tasks[1].cancel()
-        with pytest.raises(BrokenBarrierError, match="as the last one arrived"):
+        with pytest.raises(BrokenBarrierError, match="broken: cancelled"):
             await barrier.wait()
         outcomes = await finish(*tasks)
         assert isinstance(outcomes[0], BrokenBarrierError)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
+import inspect
 import math
 import pickle
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
+from unittest.mock import create_autospec
 
 import anyio
 import anyio.lowlevel
 import pytest
 from anyio import create_task_group, wait_all_tasks_blocked
+from helpers import InThread, until
 
-from aiosync import Barrier, BrokenBarrierError
+from aiosync import Barrier, BrokenBarrierError, as_threading
+from aiosync._barrier import BarrierStatistics
+from aiosync._errors import BrokenReason, broken_barrier
 
 pytestmark = pytest.mark.anyio
 
@@ -32,7 +38,7 @@ class Party:
         self.timeout = timeout
         self.scope = anyio.CancelScope()
         self.outcome: object = None
-        self.reason = ""
+        self.error: BrokenBarrierError | None = None
 
     async def __call__(self) -> None:
         self.outcome = CANCELLED
@@ -41,9 +47,25 @@ class Party:
                 self.outcome = await self.barrier.wait(self.timeout)
             except BrokenBarrierError as error:
                 self.outcome = BROKEN
-                self.reason = str(error)
+                self.error = error
             except Exception as error:
                 self.outcome = error
+
+
+def check_error(
+    error: BaseException | object,
+    reason: BrokenReason,
+    arrived: int,
+    parties: int,
+    *,
+    name: str | None = None,
+    cause: BaseException | None = None,
+) -> None:
+    """`error` has the message and all attributes of a barrier that broke for `reason`."""
+    assert isinstance(error, BrokenBarrierError)
+    assert (error.reason, error.arrived, error.parties) == (reason, arrived, parties)
+    assert str(error) == str(broken_barrier(name, reason, arrived, parties))
+    assert error.__cause__ is cause
 
 
 def outcomes(parties: list[Party]) -> list[object]:
@@ -212,10 +234,23 @@ class TestAction:
         async with create_task_group() as tg:
             await arrive(tg, *parties)
         assert outcomes(parties) == [BROKEN, BROKEN, error]
-        assert parties[0].reason == "the barrier is broken: the action raised an exception"
+        check_error(parties[0].error, "action", 3, 3, cause=error)
+        check_error(parties[1].error, "action", 3, 3, cause=error)
+        assert parties[0].error is not parties[1].error
         assert barrier.broken
-        with pytest.raises(BrokenBarrierError, match="the action raised an exception"):
+        with pytest.raises(BrokenBarrierError) as caught:
             await barrier.wait()
+        check_error(caught.value, "action", 3, 3, cause=error)
+        barrier.reset()
+        error.__traceback__ = None
+        del caught
+        parties.clear()
+        gc.collect()
+        assert not [
+            found
+            for found in gc.get_referrers(error)
+            if type(found).__module__.startswith("aiosync")
+        ]
 
     async def test_an_async_one_that_is_cancelled_breaks_the_barrier(self) -> None:
         barrier = Barrier(2, anyio.sleep_forever)
@@ -224,6 +259,10 @@ class TestAction:
             await arrive(tg, *parties)
             parties[1].scope.cancel()
         assert outcomes(parties) == [BROKEN, CANCELLED]
+        assert parties[0].error is not None
+        cancellation = parties[0].error.__cause__
+        assert isinstance(cancellation, anyio.get_cancelled_exc_class())
+        check_error(parties[0].error, "action", 2, 2, cause=cancellation)
         assert barrier.broken
 
     async def test_nobody_runs_out_of_time_while_it_runs(self) -> None:
@@ -332,10 +371,11 @@ class TestBreaking:
             await arrive(tg, *parties)
             barrier.abort()
         assert outcomes(parties) == [BROKEN, BROKEN]
-        assert "abort() was called" in parties[0].reason
+        check_error(parties[0].error, "aborted", 2, 3)
         for _ in range(3):
-            with pytest.raises(BrokenBarrierError, match="abort"):
+            with pytest.raises(BrokenBarrierError) as caught:
                 await barrier.wait()
+            check_error(caught.value, "aborted", 2, 3)
         barrier.abort()
         assert barrier.broken
         barrier.reset()
@@ -349,7 +389,7 @@ class TestBreaking:
             barrier.reset()
             assert (barrier.n_waiting, barrier.broken) == (0, False)
         assert outcomes(parties) == [BROKEN, BROKEN]
-        assert "reset() was called" in parties[0].reason
+        check_error(parties[0].error, "reset", 2, 3)
         await check_works(barrier)
 
     async def test_reset_of_a_new_barrier_changes_nothing(self) -> None:
@@ -364,9 +404,10 @@ class TestBreaking:
         patient = Party(barrier, 60)
         async with create_task_group() as tg:
             await arrive(tg, patient)
-            with pytest.raises(BrokenBarrierError, match="longer than its timeout"):
+            with pytest.raises(BrokenBarrierError) as caught:
                 await barrier.wait(0.01 if own else None)
-        assert patient.outcome == BROKEN
+        check_error(caught.value, "timeout", 2, 3)
+        check_error(patient.error, "timeout", 2, 3)
         with pytest.raises(BrokenBarrierError):
             await barrier.wait()
         barrier.reset()
@@ -374,8 +415,9 @@ class TestBreaking:
     @pytest.mark.parametrize("timeout", [0, -1, -math.inf])
     async def test_no_patience_breaks_the_barrier_at_once(self, timeout: float) -> None:
         barrier = Barrier(2)
-        with pytest.raises(BrokenBarrierError, match="longer than its timeout"):
+        with pytest.raises(BrokenBarrierError) as caught:
             await barrier.wait(timeout)
+        check_error(caught.value, "timeout", 1, 2)
         assert barrier.broken
 
     @pytest.mark.parametrize("timeout", [0, -1])
@@ -404,7 +446,7 @@ class TestBreaking:
             await arrive(tg, *parties)
             parties[0].scope.cancel()
         assert outcomes(parties) == [CANCELLED, BROKEN]
-        assert "cancelled or interrupted" in parties[1].reason
+        check_error(parties[1].error, "cancelled", 2, 3)
         assert barrier.broken
         barrier.reset()
         await check_works(barrier)
@@ -415,8 +457,9 @@ class TestBreaking:
         async with create_task_group() as tg:
             await arrive(tg, *parties)
             parties[0].scope.cancel()
-            with pytest.raises(BrokenBarrierError, match="as the last one arrived"):
+            with pytest.raises(BrokenBarrierError) as caught:
                 await barrier.wait()  # in the same step
+        check_error(caught.value, "cancelled", 3, 3)
         assert outcomes(parties) == [CANCELLED, BROKEN]
         assert barrier.broken
 
@@ -481,7 +524,171 @@ class TestBreaking:
         await check_works(barrier)
 
 
+class TestName:
+    def test_it_is_shown_by_repr_and_in_messages(self) -> None:
+        barrier = Barrier(3, name="start")
+        view = as_threading(barrier)
+        assert barrier.name == view.name == "start"
+        assert repr(barrier).startswith("<aiosync.Barrier 'start' parties=3 waiting=0 at 0x")
+        assert repr(view).startswith("<as_threading.Barrier 'start' at 0x")
+        barrier.abort()
+        with pytest.raises(BrokenBarrierError) as caught:
+            view.wait()
+        check_error(caught.value, "aborted", 0, 3, name="start")
+
+    def test_there_is_none_by_default(self) -> None:
+        barrier = Barrier(1)
+        assert barrier.name is None
+        assert as_threading(barrier).name is None
+
+    def test_an_empty_one_is_a_name(self) -> None:
+        assert "Barrier '' parties=1" in repr(Barrier(1, name=""))
+
+    @pytest.mark.parametrize("name", [1, b"start"])
+    def test_anything_but_a_str_is_refused(self, name: Any) -> None:
+        match = f"^name must be a str or None, not {type(name).__name__}$"
+        with pytest.raises(TypeError, match=match):
+            Barrier(1, name=name)
+
+
+class TestStatistics:
+    async def test_tasks_and_threads_are_counted_apart(self) -> None:
+        barrier = Barrier(4)
+        view = as_threading(barrier)
+        assert barrier.statistics() == BarrierStatistics(4, 0, 0, False)
+        thread = InThread(view.wait)
+        until(lambda: barrier.statistics().threads_waiting)
+        async with create_task_group() as tg:
+            await arrive(tg, Party(barrier), Party(barrier, 60))
+            assert barrier.statistics() == BarrierStatistics(4, 2, 1, False)
+            assert view.statistics() == barrier.statistics()
+            barrier.abort()
+            assert barrier.statistics() == BarrierStatistics(4, 0, 0, True)
+        check_error(thread.result(), "aborted", 3, 4)
+        barrier.reset()
+        assert barrier.statistics() == BarrierStatistics(4, 0, 0, False)
+
+    async def test_the_party_that_runs_the_action_and_those_that_left_are_not_counted(self) -> None:
+        proceed = anyio.Event()
+        barrier = Barrier(3, proceed.wait)
+        parties = [Party(barrier, 0.01), Party(barrier), Party(barrier)]
+        async with create_task_group() as tg:
+            await arrive(tg, *parties)
+            assert barrier.n_waiting == 3
+            # The first sleeps for the second time after a while, and is counted once all the same.
+            round = barrier._rounds.latest
+            while len(round.waiters) < 3:
+                await anyio.sleep(0.001)
+            assert barrier.statistics().tasks_waiting == 2
+            parties[1].scope.cancel()
+            await wait_all_tasks_blocked()
+            assert barrier.statistics().tasks_waiting == 1
+            proceed.set()
+        assert outcomes(parties) == [0, CANCELLED, 2]
+
+    def test_it_can_not_be_changed(self) -> None:
+        statistics = Barrier(2).statistics()
+        assert not hasattr(statistics, "__dict__")
+        with pytest.raises(AttributeError):
+            statistics.broken = True  # type: ignore[misc]
+
+
+class TestContextManager:
+    @pytest.mark.parametrize("attempt", ["with", "exit"])
+    def test_a_plain_with_names_the_alternatives(self, attempt: str) -> None:
+        barrier = Barrier(1)
+        with pytest.raises(TypeError, match=r"'async with'.*as_threading\(barrier\)\.wait\(\)"):
+            if attempt == "with":
+                with barrier:
+                    pass
+            else:
+                barrier.__exit__(None, None, None)
+        assert barrier.n_waiting == 0
+
+    def test_its_methods_are_coroutine_functions(self) -> None:
+        assert inspect.iscoroutinefunction(Barrier.wait)
+        assert inspect.iscoroutinefunction(Barrier.__aenter__)
+        assert inspect.iscoroutinefunction(Barrier.__aexit__)
+
+    async def test_a_mock_of_it_works(self) -> None:
+        barrier = create_autospec(Barrier, instance=True)
+        barrier.__aenter__.return_value = 3
+        barrier.wait.return_value = 4
+        async with barrier as index:
+            assert index == 3
+        assert await barrier.wait(timeout=1) == 4
+        barrier.wait.assert_awaited_once_with(timeout=1)
+        barrier.__aexit__.assert_awaited_once()
+
+
 class TestErrors:
+    @pytest.mark.parametrize(
+        ("name", "reason", "message"),
+        [
+            ("start", "timeout", "barrier 'start' is broken: timeout (arrived=2, parties=3)"),
+            (None, "cancelled", "barrier is broken: cancelled (arrived=2, parties=3)"),
+            (None, "reset", "barrier is broken: reset (arrived=2, parties=3)"),
+            ("it's", "action", 'barrier "it\'s" is broken: action (arrived=2, parties=3)'),
+            (
+                None,
+                "aborted",
+                "barrier is broken: aborted (arrived=2, parties=3); call reset() to use it again",
+            ),
+        ],
+    )
+    def test_messages(self, name: str | None, reason: BrokenReason, message: str) -> None:
+        assert str(broken_barrier(name, reason, 2, 3)) == message
+
+    def test_a_broken_barrier_error_can_be_made_of_a_message_alone(self) -> None:
+        error = BrokenBarrierError("gone")
+        assert (str(error), error.reason, error.arrived, error.parties) == ("gone", None, 0, 0)
+        assert str(BrokenBarrierError()) == ""
+
+    def test_a_broken_barrier_error_can_be_pickled_and_copied(self) -> None:
+        error = broken_barrier("start", "timeout", 2, 3)
+        for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+            assert type(twin) is BrokenBarrierError
+            assert twin is not error
+            check_error(twin, "timeout", 2, 3, name="start")
+
+    def test_threads_are_told_the_exception_of_the_action(self) -> None:
+        failure = LookupError()
+
+        def action() -> None:
+            raise failure
+
+        barrier = Barrier(3, action)
+        view = as_threading(barrier)
+        others = []
+        for number in range(2):
+            others.append(InThread(view.wait))
+            until(lambda number=number: barrier.statistics().threads_waiting > number)  # type: ignore[misc]
+        with pytest.raises(LookupError) as caught:
+            view.wait()
+        assert caught.value is failure
+        errors = [other.result() for other in others]
+        for error in errors:
+            check_error(error, "action", 3, 3, cause=failure)
+        assert errors[0] is not errors[1]
+
+    async def test_a_party_of_the_next_round_hears_nothing_of_an_old_failure(self) -> None:
+        failures = [LookupError()]
+
+        def action() -> None:
+            if failures:
+                raise failures.pop()
+
+        barrier = Barrier(1, action)
+        with pytest.raises(LookupError):
+            await barrier.wait()
+        barrier.reset()
+        barrier.abort()
+        with pytest.raises(BrokenBarrierError) as caught:
+            await barrier.wait()
+        check_error(caught.value, "aborted", 0, 1)
+        barrier.reset()
+        await check_works(barrier)
+
     def test_broken_barrier_error_is_caught_by_old_except_clauses(self) -> None:
         assert issubclass(BrokenBarrierError, threading.BrokenBarrierError)
         assert issubclass(BrokenBarrierError, RuntimeError)

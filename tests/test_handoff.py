@@ -160,8 +160,8 @@ class TestRaces:
     ) -> None:
         queue: HandoffQueue[str] = HandoffQueue()
         left: list[object] = []
-        hook = {moment: lambda: left.append(waiter.leave(queue))}
-        waiter = Step(loop_is_closed=loop_is_closed, **hook)  # type: ignore[arg-type]
+        hook: Any = {moment: lambda: left.append(waiter.leave(queue))}
+        waiter: Step = Step(loop_is_closed=loop_is_closed, **hook)
         waiter.join(queue)
         queue.put("item")
         assert left == ["item"]
@@ -210,7 +210,7 @@ class TestRaces:
             __slots__ = ()
 
             def put_back(self, item: str) -> None:
-                if not late.wakes and late not in self.waiters:
+                if not late.wakes and late not in list[Any](self.waiters):
                     late.join(self)
                 super().put_back(item)
 
@@ -343,7 +343,7 @@ class TestDeadlines:
         assert queue.expire(5.0) == float("inf")
         assert waiter.wakes == 1
         queue.waiters = Changing({waiter: 1.0})
-        assert queue.waiting() == [waiter]
+        assert list[Any](queue.waiting()) == [waiter]
 
 
 class TestBulk:
@@ -423,7 +423,7 @@ class TestWithoutGIL:
         queue.put("b")
         with pytest.raises(KeyError):
             queue.waiters.popitem(last=False)
-        assert queue.waiters.pop(first, "default") == "default"  # type: ignore[call-overload]
+        assert queue.waiters.pop(first, "default") == "default"
         assert (first.leave(queue), third.leave(queue)) == ("a", "b")
 
     def test_a_thread_that_is_woken_twice_is_woken(self) -> None:
@@ -545,7 +545,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert list(self.queue.items) == self.free
         assert [*map(id, self.queue.waiters)] == [*map(id, self.waiting)]
         granted = [item for _, item in self.granted]
-        assert sorted(self.queue.granted.values()) == sorted(granted)  # type: ignore[type-var]
+        assert sorted(self.queue.granted.values()) == sorted(granted)
         assert len(self.free) + len(granted) + len(self.held) == self.made
 
 

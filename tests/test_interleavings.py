@@ -1105,9 +1105,9 @@ TRIP_ASSIGNS: list[Change] = [
         _Rounds.fill,
         [
             (
-                'if decided.setdefault("fate", _TRIPPED) is not _TRIPPED:',
-                'if decided.get("fate") is None:\n            decided["fate"] = _TRIPPED\n'
-                '        if decided["fate"] is not _TRIPPED:',
+                'if decided.setdefault("outcome", _TRIPPED) is not _TRIPPED:',
+                'if decided.get("outcome") is None:\n            decided["outcome"] = _TRIPPED\n'
+                '        if decided["outcome"] is not _TRIPPED:',
             )
         ],
     )
@@ -1117,9 +1117,9 @@ BREAK_ASSIGNS: list[Change] = [
         _Round.break_,
         [
             (
-                'decided = self.decided.setdefault("fate", broken)',
-                'decided = self.decided.get("fate")\n        if decided is None:\n'
-                '            decided = self.decided["fate"] = broken',
+                'decided = self.decided.setdefault("outcome", broken)',
+                'decided = self.decided.get("outcome")\n        if decided is None:\n'
+                '            decided = self.decided["outcome"] = broken',
             )
         ],
     )
@@ -1129,8 +1129,8 @@ THE_NEXT_ROUND_IS_ASSIGNED: list[Change] = [
         _Rounds.after,
         [
             (
-                'following = round.decided.setdefault("next", _Round(self._places.copy()))',
-                "following = _Round(self._places.copy())",
+                'following = round.decided.setdefault("next", _Round(self._indices.copy()))',
+                "following = _Round(self._indices.copy())",
             )
         ],
     )
@@ -1140,13 +1140,12 @@ A_PARTY_LOOKS_FIRST: list[Change] = [
         Barrier.wait,
         [
             (
-                "            if waiter is not None:\n                if is_task",
-                "            seen = round.fate\n"
-                "            if waiter is not None:\n                if is_task",
+                "            if waiter is not None:\n",
+                "            seen = round.outcome\n            if waiter is not None:\n",
             ),
             (
-                "round.threads[waiter] = None\n                if round.fate is None:\n",
-                "round.threads[waiter] = None\n                if seen is None:\n",
+                "if timeout is None and round.outcome is None:",
+                "if timeout is None and seen is None:",
             ),
         ],
     )
@@ -1155,10 +1154,10 @@ BREAK_WAKES_BEFORE_IT_TELLS: list[Change] = [
     (
         _Round.break_,
         [
-            ("        self.fate = decided\n", ""),
+            ("        self.outcome = decided\n", ""),
             (
                 "            self.wake()\n",
-                "            self.wake()\n        self.fate = decided\n",
+                "            self.wake()\n        self.outcome = decided\n",
             ),
         ],
     )
@@ -1235,8 +1234,8 @@ MUTANTS: list[Any] = [
             NEWCOMERS_DO_NOT_LOOK_AT_THE_WAITERS,
             put_many_against_get_nowait_with_a_waiter,
         ),
-        ("trip assigns the fate", TRIP_ASSIGNS, two_waits_against_abort),
-        ("break assigns the fate", BREAK_ASSIGNS, the_last_arrival_against_a_timeout),
+        ("trip assigns the outcome", TRIP_ASSIGNS, two_waits_against_abort),
+        ("break assigns the outcome", BREAK_ASSIGNS, the_last_arrival_against_a_timeout),
         ("the next round is assigned", THE_NEXT_ROUND_IS_ASSIGNED, two_rounds_and_abort),
         ("a party looks before it shows itself", A_PARTY_LOOKS_FIRST, wait_against_abort),
         ("break wakes before it tells", BREAK_WAKES_BEFORE_IT_TELLS, wait_against_abort),

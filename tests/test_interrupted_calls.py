@@ -93,14 +93,14 @@ class TestTheLastPartyOfABarrier:
         assert barrier.broken is ("broken" in expected)
 
     def test_interrupted_as_it_arrives_it_breaks_the_round(self) -> None:
-        class Places(list[int]):
+        class Indices(list[int]):
             def pop(self, index: Any = -1) -> int:
                 super().pop(index)
                 raise Interrupt  # it has arrived, and does not know it
 
         barrier = Barrier(3)
         threads, outcomes = wait_in_threads(barrier, 2)
-        barrier._rounds.latest.places = Places(barrier._rounds.latest.places)
+        barrier._rounds.latest.indices = Indices(barrier._rounds.latest.indices)
         with pytest.raises(Interrupt):
             as_threading(barrier).wait()
         join(threads)
@@ -169,7 +169,7 @@ def test_a_thread_that_is_interrupted_as_it_breaks_the_barrier_tells_the_others(
     with pytest.raises(Interrupt):
         as_threading(barrier).wait(0.001)
     join([task])
-    assert told == ["the barrier is broken: a party waited longer than its timeout"]
+    assert told == ["barrier is broken: timeout (arrived=2, parties=3)"]
 
 
 @pytest.mark.parametrize("how", ["abort", "reset"])
@@ -231,7 +231,7 @@ def test_an_error_that_is_kept_keeps_no_later_round() -> None:
     gc.collect()
     rounds = [found for found in gc.get_objects() if isinstance(found, _barrier._Round)]
     latest = barrier._rounds.latest
-    assert [found for found in rounds if found is not latest and found.places == []] == []
+    assert [found for found in rounds if found is not latest and found.indices == []] == []
 
 
 def test_a_latecomer_is_no_party_and_may_leave() -> None:
@@ -293,12 +293,12 @@ def test_a_newcomer_that_finds_a_round_tripping_joins_the_next() -> None:
             calls += 1
             found = genuine(self)
             if calls == 1:
-                found.fate = _barrier._TRIPPED
-                found.decided["fate"] = _barrier._TRIPPED
+                found.outcome = _barrier._TRIPPED
+                found.decided["outcome"] = _barrier._TRIPPED
             return found
 
     rounds.__class__ = Rounds
     found = rounds.unbroken()
     assert calls == 2
     assert found is rounds.latest is first.next
-    assert found.fate is None
+    assert found.outcome is None

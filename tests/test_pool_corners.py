@@ -543,7 +543,7 @@ def test_in_a_child_process_nobody_is_handed_what_the_parent_lends(moment: str) 
                 pool.release(connection)
             if moment == "out of time":
                 for waiter in pool._idle.waiters:
-                    waiter.set_result(None)  # as if the keeper had found that it is so
+                    _park.wake_all([waiter])  # as if the keeper had found that it is so
             _face._after_fork()  # as if this were the child
             with pytest.raises(PoolClosed, match="before a fork"):
                 await task

@@ -430,7 +430,7 @@ class Round:
     def __init__(self) -> None:
         self.arrived = 0
         # None, "full" while the action runs, "tripped" or "broken".
-        self.fate: str | None = None
+        self.outcome: str | None = None
 
 
 class BarrierModel(Model[Party]):
@@ -446,10 +446,10 @@ class BarrierModel(Model[Party]):
     def of_round(self, round: Round) -> list[Party]:
         return [party for party in self.asleep.values() if party.round is round]
 
-    def decide(self, round: Round, fate: str, direct: bool) -> None:
-        if round.fate in (None, "full"):
-            round.fate = fate
-            if fate == "tripped":
+    def decide(self, round: Round, outcome: str, direct: bool) -> None:
+        if round.outcome in (None, "full"):
+            round.outcome = outcome
+            if outcome == "tripped":
                 self.round = Round()
         for party in self.of_round(round):
             if party.action is None:
@@ -458,9 +458,9 @@ class BarrierModel(Model[Party]):
     def arrive(self, party: Party, direct: bool) -> object:
         """Return what `wait` returns or raises; None if it sleeps."""
         round = party.round = self.round
-        if round.fate == "broken":
+        if round.outcome == "broken":
             return BrokenBarrierError
-        party.late = round.fate == "full"
+        party.late = round.outcome == "full"
         if party.late:
             return None
         party.index = round.arrived
@@ -481,7 +481,7 @@ class BarrierModel(Model[Party]):
         if self.action is not None:
             self.actions += 1
         if self.action == "async":
-            round.fate = "full"
+            round.outcome = "full"
             party.action = "running"
             return None
         self.decide(round, "broken" if self.action == "fails" else "tripped", direct)
@@ -508,7 +508,7 @@ class BarrierModel(Model[Party]):
     def run(self) -> None:
         before = None
         while before != (
-            state := [(p.number, p.round, p.round.fate) for p in self.asleep.values()]
+            state := [(p.number, p.round, p.round.outcome) for p in self.asleep.values()]
         ):
             before = state
             for party in list(self.asleep.values()):
@@ -520,30 +520,30 @@ class BarrierModel(Model[Party]):
         round = party.round
         if party.cancelled:
             self.end(party, CANCELLED)
-            if party.action is not None or (round.fate is None and not party.late):
+            if party.action is not None or (round.outcome is None and not party.late):
                 self.decide(round, "broken", True)
         elif party.action is not None:
             if party.action == "running":
                 return
             fails = party.action == "fails"
-            if round.fate == "full":
+            if round.outcome == "full":
                 self.decide(round, "broken" if fails else "tripped", True)
             if fails:
                 self.end(party, ActionError)
-            elif round.fate == "broken":
+            elif round.outcome == "broken":
                 self.end(party, BrokenBarrierError)
             else:  # who is the only party makes a checkpoint
                 self.end(party, CANCELLED if party.doomed and self.parties == 1 else party.index)
         elif party.late:
-            if round.fate != "full":
+            if round.outcome != "full":
                 outcome = self.arrive(party, True)
                 if outcome is not None:
                     self.end(party, outcome)
-        elif round.fate is None:
+        elif round.outcome is None:
             if party.deadline <= self.now:
                 self.decide(round, "broken", True)
-        elif round.fate != "full":
-            self.end(party, party.index if round.fate == "tripped" else BrokenBarrierError)
+        elif round.outcome != "full":
+            self.end(party, party.index if round.outcome == "tripped" else BrokenBarrierError)
 
 
 class Action:
@@ -618,11 +618,11 @@ class BarrierMachine(Machine[BarrierModel]):
             if party.action == "running"
         ] * 2
         for where in PLACES:
-            if model.round.fate == "broken":
+            if model.round.outcome == "broken":
                 calls += [("reset", where)] * len(calls)
             elif busy:
                 calls += [("reset", where), ("abort", where)]
-            if model.round.fate == "full" or (model.is_last() and model.action == "async"):
+            if model.round.outcome == "full" or (model.is_last() and model.action == "async"):
                 continue  # it would have to wait
             calls += [("arrive", where)] * (5 if model.is_last() else 1)
         return calls + self.cancels() + self.jumps()
@@ -658,11 +658,15 @@ class BarrierMachine(Machine[BarrierModel]):
 
     def state_agrees(self) -> None:
         barrier, model = self.barrier, self.model
-        waiting = 0 if model.round.fate == "broken" else model.round.arrived
+        waiting = 0 if model.round.outcome == "broken" else model.round.arrived
         self.agree(barrier.parties, model.parties)
         self.agree((barrier.n_waiting, self.view.n_waiting), (waiting, waiting))
-        broken = model.round.fate == "broken"
+        broken = model.round.outcome == "broken"
         self.agree((barrier.broken, self.view.broken), (broken, broken))
+        known = barrier.statistics()
+        self.agree((known.parties, known.broken), (model.parties, broken))
+        there = [p for p in model.of_round(model.round) if not (p.cancelled or p.late or p.action)]
+        self.agree((known.tasks_waiting, known.threads_waiting), (len(there) * (not broken), 0))
         self.agree(self.actions, model.actions)
         self.agree(len(self.running), len([p for p in model.asleep.values() if p.action]))
         assert ("broken" if broken else f"waiting={waiting} ") in repr(barrier)
@@ -671,7 +675,7 @@ class BarrierMachine(Machine[BarrierModel]):
         assert round is barrier._rounds.latest
         assert round.next is None
         assert not round.threads
-        if model.round.fate is None:
+        if model.round.outcome is None:
             self.agree(len(round.waiters), len(model.of_round(model.round)))
 
 
@@ -1518,7 +1522,6 @@ class PoolMachine(Machine[PoolModel]):
         self.agree(len(keeper.leaving), len(leaving))
         if model.closing is None:
             assert not keeper.mailbox.items
-            self.agree(len(idle.line), len(model.line))
             children = 1 + len(model.opening) + len(model.serving) + len(leaving)
             self.agree(len(keeper.children), children)
 

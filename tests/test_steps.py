@@ -46,7 +46,7 @@ from aiosync import (
     PoolTimeout,
     Semaphore,
 )
-from aiosync._barrier import _Round, _Rounds
+from aiosync._barrier import _Round, _Rounds, _Tasks
 from aiosync._handoff import HandoffQueue
 from aiosync._park import checkpoint
 from aiosync._pool import _keeper
@@ -729,8 +729,6 @@ def mistake(
     ]
 
 
-LEAVE_A_ROUND = "    round.break_(_CANCELLED, although_full=False)\n            else:"
-
 # What a scope does to a task that has been granted something waits for its next await. So only the
 # native cancellation can come after a grant.
 MISTAKES: list[Any] = [
@@ -845,30 +843,30 @@ MISTAKES: list[Any] = [
     *mistake(
         "reset forgets who waits",
         _Rounds.reset,
-        "        if not round.break_(_RESET, although_full=True):\n            round.wake()\n",
+        '        if not round.break_("reset", although_full=True):\n            round.wake()\n',
         "",
         the_last_arrival_against_reset,
     ),
     *mistake(
         "a cancel breaks the next round",
         Barrier.wait,
-        LEAVE_A_ROUND,
-        LEAVE_A_ROUND.replace("round.break_", "rounds.current().break_", 1),
+        "kind.give_up(round,",
+        "kind.give_up(rounds.current(),",
         two_rounds_with_a_cancel,
         "asyncio",
     ),
     *mistake(
         "a cancel breaks a full round",
-        Barrier.wait,
-        LEAVE_A_ROUND,
-        LEAVE_A_ROUND.replace("although_full=False", "although_full=True"),
+        _Tasks.give_up,
+        "although_full=False",
+        "although_full=True",
         a_cancel_while_the_action_runs,
     ),
     *mistake(
         "a timeout breaks a full round",
         Barrier.wait,
-        "round.break_(_TIMED_OUT, although_full=False)",
-        "round.break_(_TIMED_OUT, although_full=True)",
+        'round.break_("timeout", although_full=False)',
+        'round.break_("timeout", although_full=True)',
         a_timeout_while_the_action_runs,
     ),
     *mistake(

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import trio
 from anyio import WouldBlock, create_task_group, wait_all_tasks_blocked
-from helpers import PATIENCE, InThread, Places, run_python, until
+from helpers import PATIENCE, Indices, InThread, run_python, until
 
 from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore, as_threading
-from aiosync._barrier import _Round, _Rounds
+from aiosync._barrier import _Round, _Rounds, _Threads
 from aiosync._handoff import HandoffQueue
 from aiosync._park import ThreadWaiter, TrioWaiter, end_wait, task_waiter, wake, wake_all
 
@@ -147,7 +147,7 @@ async def test_the_last_to_arrive_goes_on_without_a_checkpoint(parties: int) -> 
 @pytest.mark.anyio
 @pytest.mark.parametrize("timeout", [0, -0.5, -1])
 async def test_no_patience_breaks_the_barrier_without_a_checkpoint(timeout: float) -> None:
-    with pytest.raises(BrokenBarrierError, match="longer than its timeout"):
+    with pytest.raises(BrokenBarrierError, match="broken: timeout"):
         Barrier(2).wait(timeout).send(None)
 
 
@@ -179,14 +179,14 @@ def test_who_is_interrupted_before_it_has_arrived_does_not_end_the_action_of_oth
     class Interrupt(BaseException):
         pass
 
-    class Places(list[int]):
+    class Indices(list[int]):
         def pop(self, index: Any = -1) -> int:
             raise Interrupt
 
     view = as_threading(Barrier(2, action))
     parties = [InThread(view.wait), InThread(view.wait)]
     assert began.wait(PATIENCE)
-    view._shared._rounds.latest.places = Places()
+    view._shared._rounds.latest.indices = Indices()
     with pytest.raises(Interrupt):
         view.wait()
     assert not view.broken
@@ -214,7 +214,8 @@ def test_a_thread_that_is_interrupted_while_the_action_runs_keeps_no_other_aslee
     for number in range(4):
         view = as_threading(barrier)
         if number == 1:
-            view._shared._new_waiter = Interrupted
+            view._shared._kind = _Threads()
+            view._shared._kind.new_waiter = Interrupted
         parties.append(InThread(view.wait))
         if number < 3:
             until(lambda number=number: len(round.threads) == number + 1)  # type: ignore[misc]
@@ -236,7 +237,7 @@ def test_a_thread_without_patience_and_too_late_to_give_up_is_woken_after_the_ac
 
     barrier = Barrier(2, action)
     round = barrier._rounds.latest
-    round.places = Places(round.places, come_last)
+    round.indices = Indices(round.indices, come_last)
     last: list[InThread] = []
     first = InThread(lambda: as_threading(barrier).wait(0))
     assert first.result() == 0
@@ -264,7 +265,7 @@ def test_a_round_that_is_over_leads_to_the_current_one(how: str) -> None:
     rounds.latest = old
     barrier.abort()
     assert barrier.broken
-    assert new.fate is not None
+    assert new.outcome is not None
 
 
 # -- KeyboardInterrupt under trio, which is raised in no function that is marked as critical.
@@ -302,13 +303,14 @@ CRITICAL: list[tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = [
     (BoundedSemaphore.acquire_nowait, lambda: (BoundedSemaphore(),)),
     (BoundedSemaphore.release, lambda: (_acquired(),)),
     (BoundedSemaphore._claim, lambda: (_acquired(), 1)),
-    (_Round.break_, lambda: (_round(), "reason")),
+    (_Round.break_, lambda: (_round(), "reset")),
     (_Round.abandon, lambda: (_round(),)),
     (_Round.wake, lambda: (_round(),)),
     (_Round.wake_a_thread, lambda: (_round(),)),
     (_Round.leave, lambda: (_round(), ThreadWaiter())),
     (_Rounds.after, lambda: (_Rounds(2, None), _round())),
     (_Rounds.fill, lambda: (_Rounds(2, None), _round())),
+    (_Rounds.run_action, lambda: (_Rounds(2, bool), _round(), bool)),
     (_Rounds.trip, lambda: (_Rounds(2, None), _round())),
     (_Rounds.abort, lambda: (_Rounds(2, None),)),
     (_Rounds.reset, lambda: (_Rounds(2, None),)),

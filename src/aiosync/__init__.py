@@ -15,14 +15,15 @@ from ._as_threading import (
     ThreadSemaphore,
     as_threading,
 )
-from ._barrier import Barrier
+from ._barrier import Barrier, BarrierStatistics
 from ._errors import BrokenBarrierError, PoolClosed, PoolTimeout, TooManyRequests
 from ._from_threading import TaskBarrier, TaskEvent, TaskLock, TaskSemaphore, from_threading
 from ._pool import Checkout, ConnectionInfo, ConnectionPool, PoolEvent
-from ._semaphore import BoundedSemaphore, Semaphore
+from ._semaphore import BoundedSemaphore, Semaphore, SemaphoreStatistics
 
 __all__ = [
     "Barrier",
+    "BarrierStatistics",
     "BoundedSemaphore",
     "BrokenBarrierError",
     "Checkout",
@@ -32,6 +33,7 @@ __all__ = [
     "PoolEvent",
     "PoolTimeout",
     "Semaphore",
+    "SemaphoreStatistics",
     "TaskBarrier",
     "TaskEvent",
     "TaskLock",

@@ -18,6 +18,7 @@ from ._semaphore import BoundedSemaphore, Semaphore
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from ._barrier import BarrierStatistics
     from ._pool import ConnectionInfo
 
 T = TypeVar("T")
@@ -172,6 +173,11 @@ class ThreadBarrier(_ThreadView):
         self._shared.reset()
 
     @property
+    def name(self) -> str | None:
+        """The name of the barrier."""
+        return self._shared.name
+
+    @property
     def parties(self) -> int:
         """How many parties have to arrive. The same as `threading.Barrier.parties`."""
         return self._shared.parties
@@ -185,6 +191,10 @@ class ThreadBarrier(_ThreadView):
     def broken(self) -> bool:
         """Whether the barrier is broken, so that `wait` raises BrokenBarrierError."""
         return self._shared.broken
+
+    def statistics(self) -> BarrierStatistics:
+        """Return what `Barrier.statistics` returns."""
+        return self._shared.statistics()
 
     def __repr__(self) -> str:
         state = "broken" if self.broken else f"waiters={self.n_waiting}/{self.parties}"

@@ -1,27 +1,50 @@
-"""Barrier: parties that wait for one another, a round at a time.
+"""Barrier: a number of parties wait for one another, one round at a time.
 
-What must live here: the fate of a round, and what a user sees of it. How a party sleeps is
-`_park`'s business.
+What must live here: the outcome of a round and its visible effects. How a task or thread sleeps
+belongs to `_park`.
 
 How it works without a lock
 ---------------------------
-A `_Round` collects the parties of one generation. Its fate is decided once, by an atomic
-``dict.setdefault``: by the last party to arrive, or by whoever breaks it. A party first shows
-itself and then looks at the fate; who decides the fate first writes it and then wakes those it
-sees. So a waiter sees the fate, or is woken. A fate never changes, and the next round is another
-object, so nothing that happens to the one can touch the other.
+A `_Round` collects the parties of one generation. A party arrives by popping an index, which is one
+atomic step. The outcome of a round is decided once, by an atomic ``dict.setdefault``: either by the
+last party to arrive, or by the first caller that breaks the round.
+
+*Publish first, look second.* A party publishes its waiter and then looks at the outcome. A caller
+that decides the outcome publishes it and then wakes the waiters that it sees. Whatever the order of
+the four steps, the party sees the outcome or is woken. An outcome never changes, and each round is
+an object of its own, so a late step of one round cannot affect another.
+
+- Cancellation: a party that leaves before the outcome is decided breaks the round. If it is too
+  late for that, the cancellation is raised in that party only.
+- Timeout: the same, but a party that is too late stays and learns the outcome.
+- Interruption: a signal handler may raise between any two bytecodes of a party. The party then
+  breaks the round, or, if the outcome is known, wakes the others again: the exception may have come
+  in the middle of waking them. Waking a waiter twice does no harm.
+- Action: the last party to arrive decides FULL, which is provisional. From then on nobody is late,
+  but the action may still fail. The end of the action decides the "verdict" in the same way; only
+  `abort`, `reset` and a failure of the action may break a full round.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from inspect import isawaitable
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, NoReturn, Union
 
-from ._errors import BrokenBarrierError, NotCopied, check_count, check_timeout
+from ._errors import (
+    BrokenBarrierError,
+    NotCopied,
+    broken_barrier,
+    check_count,
+    check_name,
+    check_timeout,
+    refuse_with,
+)
 from ._park import (
     checkpoint,
     enable_ki_protection,
+    end_wait,
     ki_protected,
     task_waiter,
     thread_waiter,
@@ -30,92 +53,97 @@ from ._park import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
 
+    from ._errors import BrokenReason
     from ._park import Waiter
 
 
 class _Broken:
-    """The fate of a round that was broken. Each decision is an object of its own."""
+    """The outcome of a round that was broken. Each decision is an object of its own."""
 
-    __slots__ = ("reason",)
+    __slots__ = ("cause", "missing", "reason")
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    def __init__(self, reason: BrokenReason, missing: int, cause: BaseException | None) -> None:
+        self.reason: BrokenReason = reason
+        self.missing = missing  # parties that had not arrived
+        self.cause = cause  # the exception of the action
 
 
-_Fate = Union[str, _Broken]
+_Outcome = Union[str, _Broken]
 
-# The other fates. FULL is provisional: all have arrived, so nobody is late any more, but the action
-# is still running and may fail.
+# The other outcomes. FULL is provisional: all parties have arrived, so nobody is late any more, but
+# the action is still running and may fail.
 _FULL, _TRIPPED = "full", "tripped"
 
 _done = methodcaller("done")
-
-_CANCELLED = "a party was cancelled or interrupted while it waited"
-_GAVE_UP = "a party was cancelled, or ran out of time, as the last one arrived"
-_TIMED_OUT = "a party waited longer than its timeout"
-_ACTION_FAILED = "the action raised an exception"
-_ABORTED = "abort() was called; call reset() to use the barrier again"
-_RESET = "reset() was called"
 
 
 class _Round:
     """One generation of the barrier."""
 
-    __slots__ = ("decided", "fate", "next", "places", "threads", "waiters")
+    __slots__ = ("decided", "indices", "next", "outcome", "threads", "waiters")
 
-    def __init__(self, places: list[int]) -> None:
-        # The indices not yet given out, taken from the right: 0 first, parties - 1 last. To remove
-        # one is to arrive.
-        self.places = places
-        # The tasks to be woken once the fate is known, in the order in which they came.
+    def __init__(self, indices: list[int]) -> None:
+        # The indices that are still free, taken from the right: 0 first, parties - 1 last. A party
+        # arrives by removing one.
+        self.indices = indices
+        # The tasks to be woken once the outcome is known, in their order of arrival.
         self.waiters: list[Waiter] = []
-        # The threads. Of these only one is woken, and each that leaves wakes one more: to wake all
-        # at once makes them fight for the interpreter, and a round of 8 take twice as long. A
-        # thread takes itself out before it leaves. So whoever is found in here has not left yet.
+        # The threads. Only one of them is woken, and each thread that leaves wakes one more: if all
+        # were woken at once, they would compete for the interpreter (see docs/performance.md). A
+        # thread removes itself before it leaves, so a thread found in here has not left yet.
         self.threads: dict[Any, None] = {}
         # Written by setdefault only, so each key once:
-        #   "fate": by who came first, the last party (TRIPPED, or FULL if there is an action) or
-        #       somebody who breaks the round
+        #   "outcome": by the last party (TRIPPED, or FULL if there is an action), or by a caller
+        #       that breaks the round, whichever is first
         #   "verdict": after FULL, how the action ended: TRIPPED, or broken
-        #   "next": the round to join instead, if this one has tripped or was broken and then reset
-        #   "latecomers": those who found no place while the action runs; woken with the waiters
+        #   "next": the round to join instead, if this one has tripped, or was broken and then reset
+        #   "latecomers": the waiters of callers that found no free index while the action runs;
+        #       woken together with the waiters of the round
         self.decided: dict[str, Any] = {}
-        # TRIPPED or broken; None while it fills and while its action runs. Written before the
-        # waiters are woken, and never changed. A copy, because all look at it all the time.
-        self.fate: _Fate | None = None
-        # The same of "next".
+        # A copy of the decision, because every party looks at it often: TRIPPED or broken; None
+        # while the round fills and while its action runs. Written before the waiters are woken, and
+        # never changed.
+        self.outcome: _Outcome | None = None
+        # A copy of decided["next"].
         self.next: _Round | None = None
 
     @ki_protected
-    def break_(self, reason: str, *, although_full: bool) -> bool:
-        """Break the round for all who are in it; False if its fate was decided before.
+    def break_(
+        self,
+        reason: BrokenReason,
+        *,
+        although_full: bool,
+        cause: BaseException | None = None,
+    ) -> bool:
+        """Break the round for all its parties; False if its outcome was decided before.
 
-        :param although_full: whether this may happen while the action runs
+        :param although_full: whether the round may be broken while the action runs
+        :param cause: the exception of the action
         """
-        broken = _Broken(reason)
-        decided = self.decided.setdefault("fate", broken)
+        broken = _Broken(reason, len(self.indices), cause)
+        decided = self.decided.setdefault("outcome", broken)
         if decided is _FULL:
             if not although_full:
                 return False
             decided = self.decided.setdefault("verdict", broken)
-        # Also if somebody else decided it and has not come to this yet: it is true from now on.
-        self.fate = decided
+        # Also write it for another caller that has decided but not written yet.
+        self.outcome = decided
         if decided is broken:
             self.wake()
         return decided is broken
 
     @ki_protected
     def abandon(self) -> None:
-        """Break the round because a party was interrupted, who knows where."""
-        if not self.break_(_CANCELLED, although_full=False) and self.fate is not None:
-            self.wake()  # in case it was in the middle of that
+        """Break the round because a party was interrupted at an unknown point."""
+        if not self.break_("cancelled", although_full=False) and self.outcome is not None:
+            self.wake()  # the exception may have come in the middle of waking them
 
     @ki_protected
     def wake(self) -> None:
-        """Wake everybody, the fate being known. Does no harm if it is done again."""
+        """Wake everybody; the outcome is known. May be repeated."""
         if self.waiters:
             wake_all(self.waiters)
         if self.threads:
@@ -126,44 +154,122 @@ class _Round:
 
     @ki_protected
     def wake_a_thread(self) -> None:
-        """Wake one that has not left yet; which may be the one that was woken last time."""
+        """Wake a thread that has not left yet; perhaps the same one as last time."""
         threads = list(self.threads)
         if threads:
-            threads[-1].wake_threadsafe()  # for a thread this is the same from everywhere
+            threads[-1].wake_threadsafe()
 
     @ki_protected
     def leave(self, thread: Waiter) -> None:
-        """Take out a thread that sleeps no more, and wake the next."""
+        """Remove a thread that sleeps no more, and wake the next one."""
         self.threads.pop(thread, None)
-        # Not if it was interrupted while the action runs: nobody has been woken yet.
-        if self.threads and self.fate is not None:
+        # If the thread was interrupted while the action runs, nobody is to be woken yet.
+        if self.threads and self.outcome is not None:
             self.wake_a_thread()
 
-    def error(self) -> BrokenBarrierError:
-        """Return what to raise for who lost against somebody that broke the round."""
-        fate = self.decided.get("verdict", self.decided["fate"])
-        return BrokenBarrierError(f"the barrier is broken: {fate.reason}")
+
+class _Tasks:
+    """How a task waits in a round."""
+
+    __slots__ = ("new_waiter",)
+
+    # The only party makes a waiter too. It fails where a checkpoint would, but before the action.
+    waiter_if_alone = True
+
+    # A party of one never waits for others. Without a checkpoint other tasks might never run.
+    pass_alone: Callable[[], Awaitable[None]] = staticmethod(checkpoint)
+
+    def __init__(self) -> None:
+        # In a slot, not a method: on the hot path, see docs/performance.md.
+        self.new_waiter: Callable[[], Waiter] = task_waiter
+
+    def new_waiter_within(self, timeout: float) -> Waiter | None:
+        """Return the waiter of a party that has a timeout."""
+        return self.new_waiter()
+
+    def publish(self, round: _Round, waiter: Waiter) -> None:
+        round.waiters.append(waiter)
+
+    def waiter_again(self, waiter: Waiter | None) -> Waiter:
+        """Return the waiter for a second sleep in the same round."""
+        return self.new_waiter()
+
+    def leave(self, round: _Round, waiter: Waiter | None) -> None:
+        """Do nothing: the tasks of a round are all woken at once."""
+
+    def give_up(
+        self, round: _Round, waiter: Waiter | None, error: BaseException, *, last: bool
+    ) -> None:
+        """Withdraw a party that has arrived, because of an exception."""
+        # Not `abandon`, by which each of many tasks that are cancelled at once would wake all of
+        # them. Only the last party can have been interrupted while it was waking others.
+        if not round.break_("cancelled", although_full=False) and last:
+            round.wake()
+
+
+class _Threads:
+    """How a thread waits in a round."""
+
+    __slots__ = ("new_waiter",)
+
+    waiter_if_alone = False
+
+    def __init__(self) -> None:
+        self.new_waiter: Callable[[], Waiter] = thread_waiter
+
+    def new_waiter_within(self, timeout: float) -> Waiter | None:
+        """Return the waiter of a party that has a timeout; None if it will not wait."""
+        return self.new_waiter() if timeout > 0 else None
+
+    def publish(self, round: _Round, waiter: Waiter) -> None:
+        round.threads[waiter] = None
+
+    def waiter_again(self, waiter: Waiter | None) -> Waiter:
+        """Return the waiter for a second sleep in the same round."""
+        return self.new_waiter() if waiter is None else waiter
+
+    def leave(self, round: _Round, waiter: Waiter | None) -> None:
+        if waiter is not None:
+            round.leave(waiter)
+
+    def give_up(
+        self, round: _Round, waiter: Waiter | None, error: BaseException, *, last: bool
+    ) -> None:
+        """Withdraw a party that has arrived, because of an exception."""
+        if not isinstance(error, BrokenBarrierError):
+            round.abandon()
+        # Perhaps for the second time, if it was interrupted as it left.
+        self.leave(round, waiter)
+
+    async def pass_alone(self) -> None:
+        """Do nothing: the operating system lets other threads run."""
+
+
+_TASKS, _THREADS = _Tasks(), _Threads()
 
 
 class _Rounds:
-    """All that the parties of one barrier share: the chain of rounds, and the rules."""
+    """The state that all views of one barrier share: the chain of rounds, and the rules."""
 
-    __slots__ = ("_places", "action", "last", "latest")
+    __slots__ = ("_indices", "action", "last", "latest", "name")
 
-    def __init__(self, parties: int, action: Callable[[], object] | None) -> None:
+    def __init__(
+        self, parties: int, action: Callable[[], object] | None, name: str | None = None
+    ) -> None:
         enable_ki_protection()
         self.action = action
+        self.name = name
         self.last = parties - 1
-        self._places = list(range(self.last, -1, -1))
-        # The current round or one before it, from which `current` finds the way. So it does no
-        # harm if of two threads the slower one assigns the older round.
-        self.latest = _Round(self._places.copy())
+        self._indices = list(range(self.last, -1, -1))
+        # The current round or an earlier one, from which `current` finds the way. So it does no
+        # harm if the slower one of two threads assigns the older round.
+        self.latest = _Round(self._indices.copy())
 
     def current(self) -> _Round:
         """Return the round that newcomers join, or the one that keeps the barrier broken."""
         round = self.latest
-        if round.fate is not None:
-            while round.fate is _TRIPPED or round.next is not None:
+        if round.outcome is not None:
+            while round.outcome is _TRIPPED or round.next is not None:
                 round = self.after(round)
             self.latest = round
         return round
@@ -173,8 +279,8 @@ class _Rounds:
         """Return the round after `round`, which is over."""
         following = round.next
         if following is None:
-            following = round.decided.setdefault("next", _Round(self._places.copy()))
-            round.next = following  # of several who do this all assign the same one
+            following = round.decided.setdefault("next", _Round(self._indices.copy()))
+            round.next = following  # concurrent callers all assign the same one
         return following
 
     def unbroken(self) -> _Round:
@@ -184,14 +290,23 @@ class _Rounds:
         """
         while True:
             round = self.current()
-            fate = round.fate
-            if fate is None:
+            outcome = round.outcome
+            if outcome is None:
                 return round
-            if fate is not _TRIPPED:
+            if outcome is not _TRIPPED:
                 try:
-                    raise round.error()
+                    raise self.error(round)
                 finally:
-                    del round  # see Barrier.wait
+                    del round, outcome  # see Barrier.wait
+
+    def error(self, round: _Round) -> BrokenBarrierError:
+        """Return a new error for a party of `round`, which was broken."""
+        broken = round.decided.get("verdict", round.decided["outcome"])
+        parties = self.last + 1
+        error = broken_barrier(self.name, broken.reason, parties - broken.missing, parties)
+        if broken.cause is not None:
+            error.__cause__ = broken.cause
+        return error
 
     @ki_protected
     def fill(self, round: _Round) -> bool:
@@ -199,27 +314,50 @@ class _Rounds:
 
         :return: False if the round was broken before, or has just been abandoned
         """
-        # Cancelled, or out of time, before we came, although it has not run since: then it was not
-        # here with us.
+        # A party that was cancelled or has timed out, but has not run since, does not count.
         if any(map(_done, round.waiters)):
-            round.break_(_GAVE_UP, although_full=False)
+            round.break_("cancelled", although_full=False)
         decided = round.decided
         if self.action is not None:
-            return decided.setdefault("fate", _FULL) is _FULL
-        if decided.setdefault("fate", _TRIPPED) is not _TRIPPED:
+            return decided.setdefault("outcome", _FULL) is _FULL
+        if decided.setdefault("outcome", _TRIPPED) is not _TRIPPED:
             return False
-        # The same as in `trip`, with fewer calls: a round of two takes 4% longer with them.
-        round.fate = _TRIPPED
-        round.next = self.latest = decided.setdefault("next", _Round(self._places.copy()))
+        # `trip` does the same. Inlined: on the hot path, see docs/performance.md.
+        round.outcome = _TRIPPED
+        round.next = self.latest = decided.setdefault("next", _Round(self._indices.copy()))
         round.wake()
         return True
 
     @ki_protected
+    async def run_action(self, round: _Round, action: Callable[[], object]) -> None:
+        """Arrive as the last party: run the action, then trip the round.
+
+        :raises BrokenBarrierError: if the round was broken before the action ended
+        """
+        try:
+            if not self.fill(round):
+                raise self.error(round)
+            result = action()
+            if isawaitable(result):
+                await result
+            if not self.trip(round):
+                raise self.error(round)
+        except BaseException as error:
+            if not round.break_("action", although_full=True, cause=error):
+                round.wake()  # the exception may have come in the middle of waking them
+            raise
+        finally:
+            del round  # see Barrier.wait
+
+    @ki_protected
     def trip(self, round: _Round) -> bool:
-        """Let everybody pass, the action being done; False if the round was broken before."""
+        """Let everybody pass after the action; False if the round was broken before.
+
+        `fill` contains a copy of this for a round without an action.
+        """
         if round.decided.setdefault("verdict", _TRIPPED) is not _TRIPPED:
             return False
-        round.fate = _TRIPPED
+        round.outcome = _TRIPPED
         self.latest = self.after(round)
         round.wake()
         return True
@@ -227,25 +365,36 @@ class _Rounds:
     @ki_protected
     def abort(self) -> None:
         round = self.current()
-        while not round.break_(_ABORTED, although_full=True):
+        while not round.break_("aborted", although_full=True):
             following = self.current()
             if following is round:
-                round.wake()  # it was broken before; in case that was interrupted
+                round.wake()  # it was broken before, by a caller that may have been interrupted
                 return
-            round = following  # it has just tripped
+            round = following  # the first one has just tripped
 
     @ki_protected
     def reset(self) -> None:
         round = self.current()
-        if not round.break_(_RESET, although_full=True):
+        if not round.break_("reset", although_full=True):
             round.wake()
         self.latest = self.after(round)
 
 
-async def _run(action: Callable[[], object]) -> None:
-    result = action()
-    if isawaitable(result):
-        await result
+@dataclass(frozen=True, slots=True)
+class BarrierStatistics:
+    """What `Barrier.statistics` returns: a snapshot."""
+
+    parties: int
+    """How many parties a round takes."""
+
+    tasks_waiting: int
+    """How many tasks sleep in the current round. A task that runs the action is not counted."""
+
+    threads_waiting: int
+    """How many threads sleep in the current round. A thread that runs the action is not counted."""
+
+    broken: bool
+    """Whether `Barrier.wait` raises BrokenBarrierError."""
 
 
 class Barrier(NotCopied):
@@ -256,51 +405,63 @@ class Barrier(NotCopied):
 
     The semantics are those of `threading.Barrier`, with `wait` to be awaited. A round *trips* when
     its last party has arrived and the action, if there is one, has returned. Until then it can be
-    broken, for all of its parties alike; a round that has tripped stays so, for all of its parties
-    alike, whatever happens before they get to run.
+    broken, for all of its parties alike. A round that has tripped cannot be broken any more, even
+    before its parties get to run.
 
     ``async with barrier as index:`` waits once, on the way in.
 
-    :param parties: how many there are, 1 or more
+    If the action raises, the BrokenBarrierError of each other party has that exception as its
+    ``__cause__``, and so have the errors of later calls of `wait`. For this the broken barrier
+    keeps the exception and its traceback, until `reset`.
+
+    :param parties: how many parties a round takes, 1 or more
     :param action: called without arguments by the last party to arrive, before any of them goes on.
         If it returns an awaitable, that is awaited. If it raises, that party gets the exception and
         the others BrokenBarrierError.
     :param timeout: the `timeout` of a `wait` that is given none, in seconds; None: no limit
-    :raises TypeError: if `parties` is no int, `action` is not callable or `timeout` is no number
+    :param name: shown by ``repr()`` and in messages
+    :raises TypeError: if `parties` is no int, `action` is not callable, `timeout` is no number or
+        `name` is no str
     :raises ValueError: if `parties` is smaller than 1, or `timeout` is NaN
     """
 
-    __slots__ = ("__weakref__", "_new_waiter", "_rounds", "_timeout")
+    __slots__ = ("__weakref__", "_kind", "_rounds", "_timeout")
 
     def __init__(
         self,
         parties: int,
         action: Callable[[], object] | None = None,
         timeout: float | None = None,
+        *,
+        name: str | None = None,
     ) -> None:
-        check_count("parties", parties, 1)
+        parties = check_count("parties", parties, 1)
         if action is not None and not callable(action):
             raise TypeError(f"action must be callable or None, not {type(action).__name__}")
         self._timeout = check_timeout(timeout)
-        self._rounds = _Rounds(parties, action)
-        self._new_waiter: Callable[[], Waiter] = task_waiter
+        self._rounds = _Rounds(parties, action, check_name(name))
+        self._kind: _Tasks | _Threads = _TASKS
 
     def _for_threads(self) -> Barrier:
         """Return a barrier with the same state whose `wait` blocks the thread that runs it."""
         twin = object.__new__(Barrier)
         twin._timeout = self._timeout
         twin._rounds = self._rounds
-        twin._new_waiter = thread_waiter
+        twin._kind = _THREADS
         return twin
 
+    # Longer than other functions. A part of it that awaits would be one more coroutine on the hot
+    # path, see docs/performance.md; and an interruption between any two steps has to find `round`,
+    # `index` and `waiter` in one frame.
     @ki_protected
     async def wait(self, timeout: float | None = None) -> int:
         """Wait until all parties have called this.
 
         May be called from any task under asyncio or trio. If it is cancelled before the last party
         has arrived, the barrier is broken for all, and the cancellation is raised here. If it is
-        cancelled later, the cancellation is raised here, and nobody else is concerned. Who comes
-        while the action of a round runs arrives after that, whatever its timeout, as in threading.
+        cancelled later, the cancellation is raised here, and no other party is affected. A caller
+        that comes while the action of a round runs arrives after the end of the action, whatever
+        its timeout, as in threading.
 
         The party that arrives last does not yield to the event loop, unless the action does, or
         there is only one party; the same as `asyncio.Barrier.wait`.
@@ -320,105 +481,81 @@ class Barrier(NotCopied):
         """
         timeout = self._timeout if timeout is None else check_timeout(timeout)
         rounds = self._rounds
+        kind = self._kind
         round = rounds.latest
-        is_task = self._new_waiter is task_waiter
         waiter: Waiter | None = None
-        index = -1  # we have not arrived
+        index = -1  # not arrived
         try:
             while True:
-                if round.fate is not None:
+                if round.outcome is not None:
                     round = rounds.unbroken()
-                # Made before we arrive, since it may fail. Who arrives last needs none; but a task
-                # that is the only party makes a checkpoint, which fails where this does. Nor does a
-                # thread need one that will not wait.
-                last = len(round.places) == 1
-                if is_task:
-                    waiter = None if last and rounds.last else task_waiter()
-                elif last or (timeout is not None and timeout <= 0):
-                    waiter = None
-                else:
-                    waiter = self._new_waiter()
+                # Made before the party arrives, since it may fail. The last one needs none.
+                if len(round.indices) != 1 or (rounds.last == 0 and kind.waiter_if_alone):
+                    waiter = (
+                        kind.new_waiter() if timeout is None else kind.new_waiter_within(timeout)
+                    )
                 try:
-                    index = round.places.pop()
+                    index = round.indices.pop()
                     break
                 except IndexError:
-                    # The action is running: there is no place for us before it has ended.
-                    waiter = self._new_waiter()
-                    round.decided.setdefault("latecomers", []).append(waiter)
-                    if round.fate is None:
-                        await waiter
+                    await self._wait_for_action(round)
                 except BaseException:
-                    # A signal handler has raised, and we may have arrived.
+                    # A signal handler has raised, and the party may have arrived.
                     round.abandon()
                     raise
             if index == rounds.last:
-                try:
-                    if not rounds.fill(round):
-                        raise round.error()
-                    if rounds.action is not None:
-                        await _run(rounds.action)
-                        if not rounds.trip(round):
-                            raise round.error()
-                except BaseException:
-                    if not round.break_(
-                        _CANCELLED if rounds.action is None else _ACTION_FAILED,
-                        although_full=True,
-                    ):
-                        round.wake()  # in case a signal handler has raised in the middle of it
-                    raise
-                if index == 0 and is_task:
-                    # Nobody ever waits for others here, so others might never run.
-                    await checkpoint()
+                if rounds.action is not None:
+                    await rounds.run_action(round, rounds.action)
+                elif not rounds.fill(round):
+                    raise rounds.error(round)
+                if index == 0:
+                    await kind.pass_alone()
                 return index
             if waiter is not None:
-                if is_task:
-                    round.waiters.append(waiter)
-                else:
-                    round.threads[waiter] = None
-                if round.fate is None:
-                    if timeout is None:
-                        await waiter
-                    elif timeout > 0:
-                        await wait_with_timeout(waiter, timeout)
-            if round.fate is None and not round.break_(_TIMED_OUT, although_full=False):
-                # Too late for that: all have arrived. What becomes of the round is not known. A
-                # thread may sleep on the same bell again, if it has one.
-                if is_task:
-                    waiter = task_waiter()
-                    round.waiters.append(waiter)
-                elif waiter is None:
-                    waiter = self._new_waiter()
-                    round.threads[waiter] = None
-                if round.fate is None:
+                kind.publish(round, waiter)
+                if timeout is None and round.outcome is None:
                     await waiter
-            if round.fate is not _TRIPPED:
-                raise round.error()
-            if not is_task and waiter is not None:
-                round.leave(waiter)
+                elif timeout is not None and timeout > 0 and round.outcome is None:
+                    await wait_with_timeout(waiter, timeout)
+            if round.outcome is None and not round.break_("timeout", although_full=False):
+                # Too late for a timeout: all have arrived, and the action runs.
+                waiter = kind.waiter_again(waiter)
+                kind.publish(round, waiter)
+                if round.outcome is None:
+                    await waiter
+            if round.outcome is not _TRIPPED:
+                raise rounds.error(round)
+            if round.threads:
+                kind.leave(round, waiter)
             return index
         except BaseException as error:
-            if is_task:
-                # Not `abandon`: of a thousand that are cancelled at once each would wake all. It is
-                # for handlers of signals that raise in the middle of waking others; trio lets none
-                # do so, and asyncio's own only cancels.
-                if index >= 0:
-                    round.break_(_CANCELLED, although_full=False)
-            else:
-                if index >= 0 and not isinstance(error, BrokenBarrierError):
-                    round.abandon()
-                if waiter is not None:
-                    round.leave(waiter)  # again, perhaps
+            if waiter is not None:
+                end_wait(waiter)  # a late wake must not disturb the next sleep of this task
+            if index >= 0:
+                kind.give_up(round, waiter, error, last=index == rounds.last)
             raise
         finally:
-            # Or else an exception that somebody keeps would keep this round, by its traceback, and
-            # so all that come after it.
+            # An exception that is kept would otherwise keep this round, through its traceback, and
+            # with it all rounds that follow.
             del round
 
+    async def _wait_for_action(self, round: _Round) -> None:
+        """Wait until the action of `round`, which has no free index, has ended."""
+        waiter = self._kind.new_waiter()
+        round.decided.setdefault("latecomers", []).append(waiter)
+        try:
+            if round.outcome is None:
+                await waiter
+        finally:
+            end_wait(waiter)
+            del round  # see `wait`
+
     def abort(self) -> None:
-        """Break the barrier: who waits, or calls `wait` later, gets BrokenBarrierError.
+        """Break the barrier: parties that wait, or call `wait` later, get BrokenBarrierError.
 
         Until `reset`. While an action runs, its round is broken as well: the others get the error
-        at once, who runs the action gets it afterwards. A round that has tripped is not touched.
+        at once, the party that runs the action gets it afterwards. A round that has tripped is not
+        affected.
 
         May be called from anywhere, including threads, signal handlers and finalizers. Never
         blocks. The same as `threading.Barrier.abort`.
@@ -426,15 +563,20 @@ class Barrier(NotCopied):
         self._rounds.abort()
 
     def reset(self) -> None:
-        """Make the barrier as new: who waits gets BrokenBarrierError, who comes later does not.
+        """Make the barrier as new: parties that wait get BrokenBarrierError, later ones do not.
 
-        A round that has tripped is not touched. An action that is running just now goes on; that of
-        the next round may come to run beside it.
+        A round that has tripped is not affected. An action that is running goes on, so the action
+        of the next round may run at the same time.
 
         May be called from anywhere, including threads, signal handlers and finalizers. Never
         blocks. The same as `threading.Barrier.reset`.
         """
         self._rounds.reset()
+
+    @property
+    def name(self) -> str | None:
+        """The name that was given to the barrier."""
+        return self._rounds.name
 
     @property
     def parties(self) -> int:
@@ -445,16 +587,28 @@ class Barrier(NotCopied):
     def n_waiting(self) -> int:
         """How many have arrived in the current round. The same as `threading.Barrier.n_waiting`."""
         round = self._rounds.current()
-        return self.parties - len(round.places) if round.fate is None else 0
+        return self.parties - len(round.indices) if round.outcome is None else 0
 
     @property
     def broken(self) -> bool:
         """Whether `wait` raises BrokenBarrierError. The same as `threading.Barrier.broken`."""
-        return isinstance(self._rounds.current().fate, _Broken)
+        return isinstance(self._rounds.current().outcome, _Broken)
 
-    def __aenter__(self) -> Coroutine[Any, Any, int]:
+    def statistics(self) -> BarrierStatistics:
+        """Return a snapshot of the current round. May be called from anywhere."""
+        round = self._rounds.current()
+        filling = round.outcome is None
+        return BarrierStatistics(
+            parties=self.parties,
+            # A task that sleeps for the second time has two waiters here, of which one is done.
+            tasks_waiting=sum(not w.done() for w in round.waiters.copy()) if filling else 0,
+            threads_waiting=len(round.threads) if filling else 0,
+            broken=isinstance(round.outcome, _Broken),
+        )
+
+    async def __aenter__(self) -> int:
         """Do what ``wait()`` does."""
-        return self.wait()
+        return await self.wait()
 
     async def __aexit__(
         self,
@@ -464,6 +618,16 @@ class Barrier(NotCopied):
     ) -> None:
         """Do nothing; as `asyncio.Barrier` does."""
 
+    def __enter__(self) -> NoReturn:
+        """Raise TypeError: a task uses ``async with``, a thread calls `as_threading`."""
+        refuse_with(self)
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Is never called."""
+
     def __repr__(self) -> str:
+        name = "" if self.name is None else f" {self.name!r}"
         state = "broken" if self.broken else f"waiting={self.n_waiting}"
-        return f"<aiosync.{type(self).__name__} parties={self.parties} {state} at {id(self):#x}>"
+        return (
+            f"<aiosync.{type(self).__name__}{name} parties={self.parties} {state} at {id(self):#x}>"
+        )

@@ -5,18 +5,61 @@ from __future__ import annotations
 import threading
 from datetime import timedelta
 from operator import index
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, Literal, NoReturn, SupportsIndex, TypeAlias
 
 from ._park import AsyncioBrokenBarrierError
+
+BrokenReason: TypeAlias = Literal["aborted", "reset", "timeout", "cancelled", "action"]
 
 
 class BrokenBarrierError(threading.BrokenBarrierError, AsyncioBrokenBarrierError):
     """Raised by `Barrier.wait` when the barrier is, or becomes, broken.
 
-    It is a `threading.BrokenBarrierError` and an `asyncio.BrokenBarrierError`, so an ``except``
-    clause written for either keeps working. The message says what broke the barrier: a timeout, a
-    cancellation, `Barrier.abort`, `Barrier.reset` or an action that raised.
+    It is a `threading.BrokenBarrierError` and an `asyncio.BrokenBarrierError` too, so an ``except``
+    clause written for either keeps working. If the action of the barrier raised, that exception is
+    the ``__cause__``.
     """
+
+    reason: BrokenReason | None
+    """What broke the barrier; None if the error was not raised by a `Barrier`.
+
+    "aborted", "reset": a call of `Barrier.abort` or `Barrier.reset`. "timeout": a party waited
+    longer than its timeout. "cancelled": a party was cancelled or interrupted while it waited, or
+    had left when the last one arrived. "action": the action raised.
+    """
+
+    arrived: int
+    """How many parties had arrived when the barrier broke."""
+
+    parties: int
+    """How many parties a round of the barrier takes."""
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        reason: BrokenReason | None = None,
+        arrived: int = 0,
+        parties: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.arrived = arrived
+        self.parties = parties
+
+
+def broken_barrier(
+    name: str | None, reason: BrokenReason, arrived: int, parties: int
+) -> BrokenBarrierError:
+    """Return the error for a party of a barrier that is broken."""
+    barrier = "barrier" if name is None else f"barrier {name!r}"
+    hint = "; call reset() to use it again" if reason == "aborted" else ""
+    return BrokenBarrierError(
+        f"{barrier} is broken: {reason} (arrived={arrived}, parties={parties}){hint}",
+        reason=reason,
+        arrived=arrived,
+        parties=parties,
+    )
 
 
 # The names of the next three are those of psycopg_pool.
@@ -81,7 +124,7 @@ def check_name(name: object) -> str | None:
     raise TypeError(f"name must be a str or None, not {type(name).__name__}")
 
 
-def check_timeout(timeout: float | None) -> float | None:
+def check_timeout(timeout: Any) -> float | None:
     """Return `timeout` as a finite number of seconds, or None for "no limit".
 
     :param timeout: any real number, also a Decimal, a Fraction or one of numpy
@@ -92,10 +135,11 @@ def check_timeout(timeout: float | None) -> float | None:
         return None
     if not isinstance(timeout, (int, float)):
         timeout = _as_float(timeout)
-    if timeout != timeout:  # noqa: PLR0124  (NaN)
+    seconds: float = timeout
+    if seconds != seconds:  # noqa: PLR0124  (NaN)
         raise ValueError("timeout must be a number of seconds or None, not NaN")
     # Timers of some event loops overflow on larger numbers.
-    return None if timeout > _FOREVER else timeout
+    return None if seconds > _FOREVER else seconds
 
 
 def _as_float(timeout: Any) -> float:
@@ -116,7 +160,7 @@ def check_blocking(blocking: object) -> bool:
 
     :raises TypeError: if it is anything else, most likely a timeout
     """
-    if isinstance(blocking, int) and blocking in (0, 1):
+    if isinstance(blocking, int) and blocking in {0, 1}:
         return bool(blocking)
     raise TypeError(
         f"blocking must be a bool, not {type(blocking).__name__}: "
@@ -124,7 +168,7 @@ def check_blocking(blocking: object) -> bool:
     )
 
 
-def normalize_timeout(blocking: bool, timeout: float | None) -> float | None:
+def normalize_timeout(blocking: object, timeout: Any) -> float | None:
     """Return how many seconds `acquire` may wait: None for no limit, 0 for a single try.
 
     :raises TypeError: if `blocking` is not a bool, or `timeout` is not a number

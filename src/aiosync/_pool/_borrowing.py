@@ -71,12 +71,12 @@ class Checkout(Borrowing[T]):
 
     __slots__ = ()
 
-    def __aenter__(self) -> Coroutine[Any, Any, T]:
+    async def __aenter__(self) -> T:
         """Do what `ConnectionPool.acquire` does.
 
         :raises RuntimeError: also if it has borrowed a connection already
         """
-        return self._borrow(self._pool.acquire(self._timeout))
+        return await self._borrow(self._pool.acquire(self._timeout))
 
     @ki_protected
     async def __aexit__(
