@@ -1053,9 +1053,9 @@ LEAVE_LOOKS_BEFORE_IT_IS_OVER: list[Change] = [
         [
             (
                 "        item: T | None = end_wait(waiter)\n",
-                "        item = self.granted.pop(waiter, None)\n        end_wait(waiter)\n",
+                "        item = self.granted.pop(id(waiter), None)\n        end_wait(waiter)\n",
             ),
-            ("self.granted.pop(waiter, None) if item is None else item", "item"),
+            ("self.granted.pop(id(waiter), None) if item is None else item", "item"),
         ],
     )
 ]
@@ -1063,8 +1063,8 @@ GRANT_WAKES_BEFORE_IT_PUBLISHES: list[Change] = [
     (
         HandoffQueue._grant,
         [
-            ("        granted[waiter] = item\n", ""),
-            ("not wake(waiter):\n", "(not wake(waiter), granted.update({waiter: item}))[0]:\n"),
+            ("        granted[key] = item\n", ""),
+            ("not wake(waiter):\n", "(not wake(waiter), granted.update({key: item}))[0]:\n"),
         ],
     )
 ]
@@ -1074,7 +1074,7 @@ GRANT_DOES_NOT_LOOK_AGAIN: list[Change] = [
 GRANT_TAKES_BACK_WHAT_WAS_TAKEN: list[Change] = [
     (
         HandoffQueue._grant,
-        [("return granted.pop(waiter, None) is None", "return granted.pop(waiter, 0) is None")],
+        [("return granted.pop(key, None) is None", "return granted.pop(key, 0) is None")],
     )
 ]
 PUT_LOOKS_FIRST: list[Change] = [

@@ -110,8 +110,10 @@ class HandoffQueue(Generic[T]):
         # The waiters, oldest first, each with its deadline; see `expire`. A waiter that was given
         # an item is not in here, although it may not have run yet.
         self.waiters: OrderedDict[Waiter, float | None] = _Waiters()
-        # Items that were given to waiters from outside of their event loop.
-        self.granted: dict[Waiter, T] = {}
+        # Items that were given to waiters from outside of their event loop. By the id of the waiter,
+        # since a reference would keep a task of a closed loop alive, which puts its item back when
+        # it is collected. A waiter leaves before it dies, so its id is not reused before that.
+        self.granted: dict[int, T] = {}
 
     def free(self) -> int:
         """Return how many items are free. Not ``__len__``, which cannot exceed `sys.maxsize`."""
@@ -181,7 +183,7 @@ class HandoffQueue(Generic[T]):
         if self.waiters.pop(waiter, _ABSENT) is not _ABSENT:
             return None
         item: T | None = end_wait(waiter)
-        return self.granted.pop(waiter, None) if item is None else item
+        return self.granted.pop(id(waiter), None) if item is None else item
 
     @ki_protected
     async def wait(
@@ -265,10 +267,10 @@ class HandoffQueue(Generic[T]):
         """Give `item` to a waiter of another event loop or thread; False if it is over."""
         if waiter.done():
             return False
-        granted = self.granted
-        granted[waiter] = item
+        granted, key = self.granted, id(waiter)
+        granted[key] = item
         if waiter.done() or not wake(waiter):
-            return granted.pop(waiter, None) is None  # otherwise the waiter took it
+            return granted.pop(key, None) is None  # if it is None, the waiter took it
         return True
 
     @ki_protected
