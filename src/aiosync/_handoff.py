@@ -110,9 +110,9 @@ class HandoffQueue(Generic[T]):
         # The waiters, oldest first, each with its deadline; see `expire`. A waiter that was given
         # an item is not in here, although it may not have run yet.
         self.waiters: OrderedDict[Waiter, float | None] = _Waiters()
-        # Items that were given to waiters from outside of their event loop. By the id of the waiter,
-        # since a reference would keep a task of a closed loop alive, which puts its item back when
-        # it is collected. A waiter leaves before it dies, so its id is not reused before that.
+        # Items given to waiters from outside of their event loop, by the id of the waiter. A
+        # reference to the waiter would keep a task of a closed loop alive, which puts its item back
+        # when it is collected. A waiter leaves before it dies, so its id is not reused before that.
         self.granted: dict[int, T] = {}
 
     def free(self) -> int:
