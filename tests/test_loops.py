@@ -915,3 +915,31 @@ def test_a_trio_that_does_not_tell_whether_a_task_is_at_rest_wakes_it_all_the_sa
 
     trio.run(main)
     assert_free(semaphore, 0)
+
+
+@pytest.mark.parametrize("granted", [False, True])
+def test_the_collection_of_a_task_of_a_closed_loop_raises_nothing(
+    granted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector may close the coroutine that waits before those that await it."""
+    unraisable: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: unraisable.append(error.exc_value))
+    semaphore = Semaphore(0)
+    coroutine = semaphore.acquire()
+
+    async def wait() -> None:
+        await coroutine
+
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # that a pending task was destroyed
+    task = loop.create_task(wait())
+    loop.run_until_complete(asyncio.sleep(0))
+    if granted:
+        semaphore._queue.waiters.popitem()  # another thread is about to grant it something
+    loop.close()
+    del task, loop
+    coroutine.close()
+    del coroutine
+    gc.collect()
+    assert unraisable == []
+    assert semaphore.statistics().waiting == 0

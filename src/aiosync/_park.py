@@ -312,10 +312,12 @@ def end_wait(waiter: Waiter) -> Any:
     """
     if not isinstance(waiter, Future):
         return waiter.end()
-    try:
-        waiter.cancel()
-    except RuntimeError:
-        pass  # its event loop is closed, so no task can be woken; it is cancelled all the same
+    if not waiter.done():
+        # If the loop is closed, the coroutine of the waiter is being collected, and `wake` fails
+        # anyway. Then `cancel` would destroy the task of that coroutine while the coroutine runs.
+        if not waiter.get_loop().is_closed():
+            waiter.cancel()
+        return None
     return None if waiter.cancelled() else waiter.result()
 
 
