@@ -927,12 +927,12 @@ def test_the_collection_of_a_task_of_a_closed_loop_raises_nothing(
     semaphore = Semaphore(0)
     coroutine = semaphore.acquire()
 
-    async def wait() -> None:
-        await coroutine
+    async def wait(acquire: Any) -> None:
+        await acquire
 
     loop = asyncio.new_event_loop()
     loop.set_exception_handler(lambda *_: None)  # that a pending task was destroyed
-    task = loop.create_task(wait())
+    task = loop.create_task(wait(coroutine))
     loop.run_until_complete(asyncio.sleep(0))
     if granted:
         semaphore._queue.waiters.popitem()  # another thread is about to grant it something
