@@ -174,7 +174,7 @@ class TaskEvent(_TaskView):
         return bool(self._owned.is_set())
 
     def set(self) -> None:
-        """Set the event, and so wake all tasks and threads that wait for it.
+        """Set the event, which wakes all tasks and threads that wait for it.
 
         May be called from anywhere.
         """

@@ -6,7 +6,7 @@ any event loop, a thread).
 
 Why it is correct without a lock
 --------------------------------
-Every operation on `items`, `waiters` and `granted` is a single C call on a builtin, and so atomic:
+Every operation on `items`, `waiters` and `granted` is a single C call on a builtin, so atomic:
 no thread, signal handler or finalizer sees it half done. (Without the GIL, builtins lock
 themselves; `_LockedDict` does so for OrderedDict.) A *removal is a claim*: if several threads try
 to remove the same thing, one of them succeeds.
