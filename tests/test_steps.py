@@ -850,14 +850,14 @@ MISTAKES: list[Any] = [
     *mistake(
         "a cancel breaks the next round",
         Barrier.wait,
-        "kind.give_up(round,",
-        "kind.give_up(rounds.current(),",
+        "kind.withdraw(round,",
+        "kind.withdraw(rounds.current(),",
         two_rounds_with_a_cancel,
         "asyncio",
     ),
     *mistake(
         "a cancel breaks a full round",
-        _Tasks.give_up,
+        _Tasks.withdraw,
         "although_full=False",
         "although_full=True",
         a_cancel_while_the_action_runs,

@@ -1,7 +1,7 @@
-"""`as_threading`: the API of `threading` over the objects that tasks share.
+"""`as_threading`: the API of `threading` for objects that tasks share.
 
-The views hold no state of the object. A view runs the same code as a task, on the calling thread,
-with another kind of waiter; see `_park.run_in_thread`. For the opposite direction, objects that
+A view holds no state of its own. It runs the same code as a task, on the calling thread, with
+another kind of waiter; see `_park.run_in_thread`. For the opposite direction, objects that
 threads own, see `_from_threading`.
 """
 
@@ -37,11 +37,11 @@ class _ThreadView(NotCopied):
         )
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Is never called."""
+        """Do nothing: `__aenter__` always raises."""
 
 
 class ThreadSemaphore(_ThreadView):
-    """A `Semaphore` with the API of `threading.Semaphore`. Made by `as_threading`.
+    """A `Semaphore` with the API of `threading.Semaphore`. Created by `as_threading`.
 
     All methods may be called from any thread. Only `acquire` can block.
     """
@@ -57,7 +57,7 @@ class ThreadSemaphore(_ThreadView):
         """Take a permit, waiting in FIFO order with tasks and threads if none is free.
 
         The same as `threading.Semaphore.acquire`. An exception from a signal handler (Ctrl-C)
-        interrupts the wait; no permit was taken then.
+        interrupts the wait, and no permit is taken.
 
         :param blocking: if False, do not wait
         :param timeout: how many seconds to wait at most; 0 or less: do not wait; None: no limit
@@ -102,7 +102,7 @@ class ThreadSemaphore(_ThreadView):
 
 
 class ThreadBoundedSemaphore(ThreadSemaphore):
-    """A `BoundedSemaphore` with the API of `threading.BoundedSemaphore`. Made by `as_threading`.
+    """A `BoundedSemaphore` with the API of `threading.BoundedSemaphore`. Created by `as_threading`.
 
     `release` raises ValueError, and releases nothing, if fewer than `n` permits are held.
     """
@@ -126,7 +126,7 @@ class ThreadBoundedSemaphore(ThreadSemaphore):
 
 
 class ThreadBarrier(_ThreadView):
-    """A `Barrier` with the API of `threading.Barrier`. Made by `as_threading`.
+    """A `Barrier` with the API of `threading.Barrier`. Created by `as_threading`.
 
     All methods may be called from any thread. Only `wait` can block.
     """
@@ -202,7 +202,7 @@ class ThreadBarrier(_ThreadView):
 
 
 class ThreadConnectionPool(_ThreadView, Generic[T]):
-    """A `ConnectionPool` whose connections are borrowed by threads. Made by `as_threading`.
+    """A `ConnectionPool` whose connections are borrowed by threads. Created by `as_threading`.
 
     A task opens and closes the pool. The functions of the pool (`connect`, `reset` and so on) are
     called on the event loop of that task. Threads and tasks wait for connections in one FIFO order.
@@ -217,7 +217,7 @@ class ThreadConnectionPool(_ThreadView, Generic[T]):
     def acquire(self, timeout: float | None = None) -> T:
         """Borrow a connection, waiting in FIFO order if none is idle. `release` gives it back.
 
-        An exception from a signal handler (Ctrl-C) interrupts the wait; nothing was borrowed then.
+        An exception from a signal handler (Ctrl-C) interrupts the wait, and nothing is borrowed.
 
         :param timeout: that of `ConnectionPool.acquire`, which documents the other exceptions
         :raises PoolClosed: also if no connection is idle, and the event loop of the pool has ended
@@ -272,7 +272,7 @@ class ThreadConnectionPool(_ThreadView, Generic[T]):
 class ThreadCheckout(Borrowing[T], _ThreadView):
     """A connection that is borrowed for the length of a ``with`` block.
 
-    Made by `ThreadConnectionPool.connection`.
+    Created by `ThreadConnectionPool.connection`.
     """
 
     __slots__ = ()

@@ -1,7 +1,7 @@
 """Barrier: a number of parties wait for one another, one round at a time.
 
-What must live here: the outcome of a round and its visible effects. How a task or thread sleeps
-belongs to `_park`.
+This module decides the outcome of a round and makes it visible. `_park` knows how a task or thread
+sleeps.
 
 How it works without a lock
 ---------------------------
@@ -16,13 +16,13 @@ an object of its own, so a late step of one round cannot affect another.
 
 - Cancellation: a party that leaves before the outcome is decided breaks the round. If it is too
   late for that, the cancellation is raised in that party only.
-- Timeout: the same, but a party that is too late stays and learns the outcome.
+- Timeout: the same, but a party that is too late for that waits for the outcome.
 - Interruption: a signal handler may raise between any two bytecodes of a party. The party then
   breaks the round, or, if the outcome is known, wakes the others again: the exception may have come
   in the middle of waking them. Waking a waiter twice does no harm.
-- Action: the last party to arrive decides FULL, which is provisional. From then on nobody is late,
-  but the action may still fail. The end of the action decides the "verdict" in the same way; only
-  `abort`, `reset` and a failure of the action may break a full round.
+- Action: the last party to arrive decides FULL, which is provisional. From then on no party can
+  time out, but the action may still fail. The end of the action decides the "verdict" in the same
+  way; only `abort`, `reset` and a failure of the action may break a full round.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 
 class _Broken:
-    """The outcome of a round that was broken. Each decision is an object of its own."""
+    """The outcome of a round that was broken. Decisions are compared by identity."""
 
     __slots__ = ("cause", "missing", "reason")
 
@@ -73,8 +73,8 @@ class _Broken:
 
 _Outcome = Union[str, _Broken]
 
-# The other outcomes. FULL is provisional: all parties have arrived, so nobody is late any more, but
-# the action is still running and may fail.
+# The other outcomes. FULL is provisional: all parties have arrived, so none can time out any more,
+# but the action is still running and may fail.
 _FULL, _TRIPPED = "full", "tripped"
 
 _done = methodcaller("done")
@@ -95,7 +95,7 @@ class _Round:
         # were woken at once, they would compete for the interpreter (see docs/performance.md). A
         # thread removes itself before it leaves, so a thread found in here has not left yet.
         self.threads: dict[Any, None] = {}
-        # Written by setdefault only, so each key once:
+        # Written by setdefault only, so each key is written once:
         #   "outcome": by the last party (TRIPPED, or FULL if there is an action), or by a caller
         #       that breaks the round, whichever is first
         #   "verdict": after FULL, how the action ended: TRIPPED, or broken
@@ -103,7 +103,7 @@ class _Round:
         #   "latecomers": the waiters of callers that found no free index while the action runs;
         #       woken together with the waiters of the round
         self.decided: dict[str, Any] = {}
-        # A copy of the decision, because every party looks at it often: TRIPPED or broken; None
+        # A copy of the decision, because every party reads it often: TRIPPED or broken; None
         # while the round fills and while its action runs. Written before the waiters are woken, and
         # never changed.
         self.outcome: _Outcome | None = None
@@ -129,7 +129,7 @@ class _Round:
             if not although_full:
                 return False
             decided = self.decided.setdefault("verdict", broken)
-        # Also write it for another caller that has decided but not written yet.
+        # Another caller may have decided but not written this yet.
         self.outcome = decided
         if decided is broken:
             self.wake()
@@ -143,7 +143,7 @@ class _Round:
 
     @ki_protected
     def wake(self) -> None:
-        """Wake everybody; the outcome is known. May be repeated."""
+        """Wake all parties, once the outcome is known. May be repeated."""
         if self.waiters:
             wake_all(self.waiters)
         if self.threads:
@@ -154,16 +154,16 @@ class _Round:
 
     @ki_protected
     def wake_a_thread(self) -> None:
-        """Wake a thread that has not left yet; perhaps the same one as last time."""
+        """Wake a thread that has not left yet, which may be the one that was woken last."""
         threads = list(self.threads)
         if threads:
             threads[-1].wake_threadsafe()
 
     @ki_protected
     def leave(self, thread: Waiter) -> None:
-        """Remove a thread that sleeps no more, and wake the next one."""
+        """Remove a thread that has stopped waiting, and wake the next one."""
         self.threads.pop(thread, None)
-        # If the thread was interrupted while the action runs, nobody is to be woken yet.
+        # If the thread was interrupted while the action runs, no other may be woken yet.
         if self.threads and self.outcome is not None:
             self.wake_a_thread()
 
@@ -173,36 +173,36 @@ class _Tasks:
 
     __slots__ = ("new_waiter",)
 
-    # The only party makes a waiter too. It fails where a checkpoint would, but before the action.
+    # A party of one creates a waiter too: it raises if a checkpoint would, but before the action.
     waiter_if_alone = True
 
-    # A party of one never waits for others. Without a checkpoint other tasks might never run.
+    # A party of one never waits for others, so without a checkpoint other tasks might never run.
     pass_alone: Callable[[], Awaitable[None]] = staticmethod(checkpoint)
 
     def __init__(self) -> None:
         # In a slot, not a method: on the hot path, see docs/performance.md.
         self.new_waiter: Callable[[], Waiter] = task_waiter
 
-    def new_waiter_within(self, timeout: float) -> Waiter | None:
+    def new_timed_waiter(self, timeout: float) -> Waiter | None:
         """Return the waiter of a party that has a timeout."""
         return self.new_waiter()
 
     def publish(self, round: _Round, waiter: Waiter) -> None:
         round.waiters.append(waiter)
 
-    def waiter_again(self, waiter: Waiter | None) -> Waiter:
+    def second_waiter(self, waiter: Waiter | None) -> Waiter:
         """Return the waiter for a second sleep in the same round."""
         return self.new_waiter()
 
     def leave(self, round: _Round, waiter: Waiter | None) -> None:
         """Do nothing: the tasks of a round are all woken at once."""
 
-    def give_up(
+    def withdraw(
         self, round: _Round, waiter: Waiter | None, error: BaseException, *, last: bool
     ) -> None:
         """Withdraw a party that has arrived, because of an exception."""
-        # Not `abandon`, by which each of many tasks that are cancelled at once would wake all of
-        # them. Only the last party can have been interrupted while it was waking others.
+        # Not `abandon`: if many tasks are cancelled at once, each of them would wake all of them.
+        # Only the last party can have been interrupted while it was waking others.
         if not round.break_("cancelled", although_full=False) and last:
             round.wake()
 
@@ -217,14 +217,14 @@ class _Threads:
     def __init__(self) -> None:
         self.new_waiter: Callable[[], Waiter] = thread_waiter
 
-    def new_waiter_within(self, timeout: float) -> Waiter | None:
+    def new_timed_waiter(self, timeout: float) -> Waiter | None:
         """Return the waiter of a party that has a timeout; None if it will not wait."""
         return self.new_waiter() if timeout > 0 else None
 
     def publish(self, round: _Round, waiter: Waiter) -> None:
         round.threads[waiter] = None
 
-    def waiter_again(self, waiter: Waiter | None) -> Waiter:
+    def second_waiter(self, waiter: Waiter | None) -> Waiter:
         """Return the waiter for a second sleep in the same round."""
         return self.new_waiter() if waiter is None else waiter
 
@@ -232,13 +232,13 @@ class _Threads:
         if waiter is not None:
             round.leave(waiter)
 
-    def give_up(
+    def withdraw(
         self, round: _Round, waiter: Waiter | None, error: BaseException, *, last: bool
     ) -> None:
         """Withdraw a party that has arrived, because of an exception."""
         if not isinstance(error, BrokenBarrierError):
             round.abandon()
-        # Perhaps for the second time, if it was interrupted as it left.
+        # This may be the second call, if the thread was interrupted while it left.
         self.leave(round, waiter)
 
     async def pass_alone(self) -> None:
@@ -249,7 +249,7 @@ _TASKS, _THREADS = _Tasks(), _Threads()
 
 
 class _Rounds:
-    """The state that all views of one barrier share: the chain of rounds, and the rules."""
+    """The state that all views of one barrier share: the chain of its rounds."""
 
     __slots__ = ("_indices", "action", "last", "latest", "name")
 
@@ -261,7 +261,7 @@ class _Rounds:
         self.name = name
         self.last = parties - 1
         self._indices = list(range(self.last, -1, -1))
-        # The current round or an earlier one, from which `current` finds the way. So it does no
+        # The current round or an earlier one: `current` follows the chain from there. So it does no
         # harm if the slower one of two threads assigns the older round.
         self.latest = _Round(self._indices.copy())
 
@@ -312,9 +312,9 @@ class _Rounds:
     def fill(self, round: _Round) -> bool:
         """Arrive as the last party: trip the round, or let the action decide.
 
-        :return: False if the round was broken before, or has just been abandoned
+        :return: False if the round was broken before, or is broken by this call
         """
-        # A party that was cancelled or has timed out, but has not run since, does not count.
+        # A party that was cancelled or has timed out, but has not run since, breaks the round.
         if any(map(_done, round.waiters)):
             round.break_("cancelled", although_full=False)
         decided = round.decided
@@ -351,7 +351,7 @@ class _Rounds:
 
     @ki_protected
     def trip(self, round: _Round) -> bool:
-        """Let everybody pass after the action; False if the round was broken before.
+        """Trip the round after the action; return False if it was broken before.
 
         `fill` contains a copy of this for a round without an action.
         """
@@ -370,7 +370,7 @@ class _Rounds:
             if following is round:
                 round.wake()  # it was broken before, by a caller that may have been interrupted
                 return
-            round = following  # the first one has just tripped
+            round = following  # `round` has just tripped
 
     @ki_protected
     def reset(self) -> None:
@@ -398,30 +398,30 @@ class BarrierStatistics:
 
 
 class Barrier(NotCopied):
-    """A point that `parties` tasks or threads reach before any of them goes on; reusable.
+    """A reusable point that `parties` tasks and threads all have to reach before any goes on.
 
     One object serves tasks of any number of asyncio and trio event loops, all in one round. It may
     be created anywhere: at import time, in a thread, before any event loop runs.
 
-    The semantics are those of `threading.Barrier`, with `wait` to be awaited. A round *trips* when
-    its last party has arrived and the action, if there is one, has returned. Until then it can be
-    broken, for all of its parties alike. A round that has tripped cannot be broken any more, even
-    before its parties get to run.
+    The semantics are those of `threading.Barrier`, except that `wait` is awaited. A round *trips*
+    when its last party has arrived and the action, if there is one, has returned. Until then the
+    round can be broken, always for all of its parties. A round that has tripped cannot be broken,
+    even if its parties have not run yet.
 
-    ``async with barrier as index:`` waits once, on the way in.
+    ``async with barrier as index:`` waits once, on entry.
 
-    If the action raises, the BrokenBarrierError of each other party has that exception as its
-    ``__cause__``, and so have the errors of later calls of `wait`. For this the broken barrier
-    keeps the exception and its traceback, until `reset`.
+    If the action raises, that exception is the ``__cause__`` of the BrokenBarrierError of each
+    other party and of later calls of `wait`. The broken barrier keeps the exception and its
+    traceback until `reset`.
 
     :param parties: how many parties a round takes, 1 or more
     :param action: called without arguments by the last party to arrive, before any of them goes on.
         If it returns an awaitable, that is awaited. If it raises, that party gets the exception and
-        the others BrokenBarrierError.
-    :param timeout: the `timeout` of a `wait` that is given none, in seconds; None: no limit
-    :param name: shown by ``repr()`` and in messages
-    :raises TypeError: if `parties` is no int, `action` is not callable, `timeout` is no number or
-        `name` is no str
+        the others get BrokenBarrierError.
+    :param timeout: the default timeout of `wait`, in seconds; None: no limit
+    :param name: appears in the repr and in errors
+    :raises TypeError: if `parties` is not an integer, `action` is not callable, `timeout` is not a
+        number, or `name` is not a str
     :raises ValueError: if `parties` is smaller than 1, or `timeout` is NaN
     """
 
@@ -443,41 +443,41 @@ class Barrier(NotCopied):
         self._kind: _Tasks | _Threads = _TASKS
 
     def _for_threads(self) -> Barrier:
-        """Return a barrier with the same state whose `wait` blocks the thread that runs it."""
+        """Return a barrier with the same state whose `wait` blocks the calling thread."""
         twin = object.__new__(Barrier)
         twin._timeout = self._timeout
         twin._rounds = self._rounds
         twin._kind = _THREADS
         return twin
 
-    # Longer than other functions. A part of it that awaits would be one more coroutine on the hot
-    # path, see docs/performance.md; and an interruption between any two steps has to find `round`,
-    # `index` and `waiter` in one frame.
+    # Longer than other functions. A helper that awaits would be one more coroutine on the hot path,
+    # see docs/performance.md. And `round`, `index` and `waiter` have to be in one frame, because an
+    # exception may interrupt it between any two steps.
     @ki_protected
     async def wait(self, timeout: float | None = None) -> int:
         """Wait until all parties have called this.
 
         May be called from any task under asyncio or trio. If it is cancelled before the last party
-        has arrived, the barrier is broken for all, and the cancellation is raised here. If it is
-        cancelled later, the cancellation is raised here, and no other party is affected. A caller
-        that comes while the action of a round runs arrives after the end of the action, whatever
-        its timeout, as in threading.
+        has arrived, the barrier is broken for all parties. If it is cancelled later, no other party
+        is affected. In both cases the cancellation is raised here. A caller that comes while the
+        action of a round runs waits until the action has ended, whatever its timeout, and arrives
+        then; the same as in `threading`.
 
-        The party that arrives last does not yield to the event loop, unless the action does, or
-        there is only one party; the same as `asyncio.Barrier.wait`.
+        The party that arrives last does not yield to the event loop, unless the action does or
+        there is only one party. The same as `asyncio.Barrier.wait`.
 
         Arguments, results and exceptions are those of `threading.Barrier.wait`.
 
-        :param timeout: how many seconds to wait for the others to arrive, at most; then the barrier
-            is broken for all. 0 or less: do not wait. None: the barrier's own timeout. While the
-            action runs all have arrived, and nobody runs out of time.
+        :param timeout: how many seconds to wait for the other parties to arrive; after that, the
+            barrier is broken for all. 0 or less: do not wait. None: the timeout of the barrier. It
+            does not limit the action: once all parties have arrived, none times out.
         :return: the index of the party in its round: 0 for the first to arrive, and so on; each of
             0 to parties - 1 goes to one party
         :raises BrokenBarrierError: if the barrier is broken, or is broken or reset while waiting
-        :raises TypeError: if `timeout` is no number
+        :raises TypeError: if `timeout` is not a number
         :raises ValueError: if `timeout` is NaN
         :raises anyio.NoEventLoopError: if it would have to wait, and is not run by asyncio or trio;
-            it has not arrived then
+            the caller has not arrived then
         """
         timeout = self._timeout if timeout is None else check_timeout(timeout)
         rounds = self._rounds
@@ -489,10 +489,10 @@ class Barrier(NotCopied):
             while True:
                 if round.outcome is not None:
                     round = rounds.unbroken()
-                # Made before the party arrives, since it may fail. The last one needs none.
+                # Created before the party arrives, since it may raise. The last one needs none.
                 if len(round.indices) != 1 or (rounds.last == 0 and kind.waiter_if_alone):
                     waiter = (
-                        kind.new_waiter() if timeout is None else kind.new_waiter_within(timeout)
+                        kind.new_waiter() if timeout is None else kind.new_timed_waiter(timeout)
                     )
                 try:
                     index = round.indices.pop()
@@ -500,7 +500,7 @@ class Barrier(NotCopied):
                 except IndexError:
                     await self._wait_for_action(round)
                 except BaseException:
-                    # A signal handler has raised, and the party may have arrived.
+                    # A signal handler has raised: the party may have arrived.
                     round.abandon()
                     raise
             if index == rounds.last:
@@ -518,8 +518,8 @@ class Barrier(NotCopied):
                 elif timeout is not None and timeout > 0 and round.outcome is None:
                     await wait_with_timeout(waiter, timeout)
             if round.outcome is None and not round.break_("timeout", although_full=False):
-                # Too late for a timeout: all have arrived, and the action runs.
-                waiter = kind.waiter_again(waiter)
+                # Too late to time out: all parties have arrived, and the action runs.
+                waiter = kind.second_waiter(waiter)
                 kind.publish(round, waiter)
                 if round.outcome is None:
                     await waiter
@@ -532,10 +532,10 @@ class Barrier(NotCopied):
             if waiter is not None:
                 end_wait(waiter)  # a late wake must not disturb the next sleep of this task
             if index >= 0:
-                kind.give_up(round, waiter, error, last=index == rounds.last)
+                kind.withdraw(round, waiter, error, last=index == rounds.last)
             raise
         finally:
-            # An exception that is kept would otherwise keep this round, through its traceback, and
+            # A stored exception would otherwise keep this round alive through its traceback, and
             # with it all rounds that follow.
             del round
 
@@ -551,11 +551,11 @@ class Barrier(NotCopied):
             del round  # see `wait`
 
     def abort(self) -> None:
-        """Break the barrier: parties that wait, or call `wait` later, get BrokenBarrierError.
+        """Break the barrier until `reset`: all calls of `wait` raise BrokenBarrierError.
 
-        Until `reset`. While an action runs, its round is broken as well: the others get the error
-        at once, the party that runs the action gets it afterwards. A round that has tripped is not
-        affected.
+        This includes the parties that are waiting. If the action is running, its round is broken
+        too: the party that runs the action gets the error afterwards, the others get it at once. A
+        round that has tripped is not affected.
 
         May be called from anywhere, including threads, signal handlers and finalizers. Never
         blocks. The same as `threading.Barrier.abort`.
@@ -563,7 +563,7 @@ class Barrier(NotCopied):
         self._rounds.abort()
 
     def reset(self) -> None:
-        """Make the barrier as new: parties that wait get BrokenBarrierError, later ones do not.
+        """Return the barrier to its initial state; parties that wait get BrokenBarrierError.
 
         A round that has tripped is not affected. An action that is running goes on, so the action
         of the next round may run at the same time.
@@ -575,12 +575,12 @@ class Barrier(NotCopied):
 
     @property
     def name(self) -> str | None:
-        """The name that was given to the barrier."""
+        """The name of the barrier, or None."""
         return self._rounds.name
 
     @property
     def parties(self) -> int:
-        """How many have to arrive. The same as `threading.Barrier.parties`."""
+        """How many parties have to arrive. The same as `threading.Barrier.parties`."""
         return self._rounds.last + 1
 
     @property
@@ -616,14 +616,14 @@ class Barrier(NotCopied):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Do nothing; as `asyncio.Barrier` does."""
+        """Do nothing, as in `asyncio.Barrier`."""
 
     def __enter__(self) -> NoReturn:
         """Raise TypeError: a task uses ``async with``, a thread calls `as_threading`."""
         refuse_with(self)
 
     def __exit__(self, *exc_info: object) -> None:
-        """Is never called."""
+        """Do nothing: `__enter__` always raises."""
 
     def __repr__(self) -> str:
         name = "" if self.name is None else f" {self.name!r}"

@@ -21,7 +21,7 @@ class BrokenBarrierError(threading.BrokenBarrierError, AsyncioBrokenBarrierError
     """
 
     reason: BrokenReason | None
-    """What broke the barrier; None if the error was not raised by a `Barrier`.
+    """What broke the barrier; None if the error does not come from a `Barrier`.
 
     "aborted", "reset": a call of `Barrier.abort` or `Barrier.reset`. "timeout": a party waited
     longer than its timeout. "cancelled": a party was cancelled or interrupted while it waited, or
@@ -62,16 +62,16 @@ def broken_barrier(
     )
 
 
-# The names of the next three are those of psycopg_pool.
+# The next three classes have the names that psycopg_pool uses.
 class PoolTimeout(TimeoutError):  # noqa: N818
-    """Raised when no connection of a `ConnectionPool` was to be had in time.
+    """Raised when no connection of a `ConnectionPool` becomes available within the timeout.
 
-    If the pool could not connect to its backend in the meantime, the last error of that is its
+    If the pool failed to connect to its backend in the meantime, the last such error is the
     ``__cause__``.
     """
 
     stats: dict[str, int]
-    """What `ConnectionPool.get_stats` returned when the time was over."""
+    """The result of `ConnectionPool.get_stats` at the time of the timeout."""
 
     def __init__(self, message: str, stats: dict[str, int] | None = None) -> None:
         super().__init__(message)
@@ -79,11 +79,11 @@ class PoolTimeout(TimeoutError):  # noqa: N818
 
 
 class PoolClosed(RuntimeError):  # noqa: N818
-    """Raised by a `ConnectionPool` that is not open: not yet, not any more, or after a fork."""
+    """Raised by a `ConnectionPool` that is not open: not opened yet, closed, or forked."""
 
 
 class TooManyRequests(RuntimeError):  # noqa: N818
-    """Raised by a `ConnectionPool` when `max_waiting` tasks and threads wait for a connection."""
+    """Raised by a `ConnectionPool` when `max_waiting` tasks and threads already wait."""
 
 
 class NotCopied:
@@ -101,7 +101,7 @@ class NotCopied:
 def check_count(name: str, value: SupportsIndex, least: int) -> int:
     """Return `value` as an int of at least `least`.
 
-    :param value: any integer, also one of numpy; never a float
+    :param value: any integer, including numpy's; never a float
     :raises TypeError: if it is not an integer
     :raises ValueError: if it is smaller than `least`
     """
@@ -124,10 +124,14 @@ def check_name(name: object) -> str | None:
     raise TypeError(f"name must be a str or None, not {type(name).__name__}")
 
 
+# So many seconds are no limit: timers of some event loops overflow on large numbers.
+_FOREVER = 30 * 366 * 24 * 3600
+
+
 def check_timeout(timeout: Any) -> float | None:
     """Return `timeout` as a finite number of seconds, or None for "no limit".
 
-    :param timeout: any real number, also a Decimal, a Fraction or one of numpy
+    :param timeout: any real number, including Decimal, Fraction and numpy's
     :raises TypeError: if it is neither a number nor None
     :raises ValueError: if it is NaN
     """
@@ -138,7 +142,6 @@ def check_timeout(timeout: Any) -> float | None:
     seconds: float = timeout
     if seconds != seconds:  # noqa: PLR0124  (NaN)
         raise ValueError("timeout must be a number of seconds or None, not NaN")
-    # Timers of some event loops overflow on larger numbers.
     return None if seconds > _FOREVER else seconds
 
 
@@ -188,6 +191,3 @@ def refuse_with(shared: object) -> NoReturn:
     raise TypeError(
         f"{name} needs 'async with' in a task; in a thread use 'with as_threading(...)'"
     )
-
-
-_FOREVER = 30 * 366 * 24 * 3600

@@ -1,7 +1,7 @@
 """`from_threading`: objects of `threading`, awaited by tasks.
 
 The views hold no state of the object: they check arguments, make checkpoints, and call the object
-where that cannot block. Where it can block, `_helper_threads` does so in a thread.
+where that cannot block. Where it can block, a thread of `_helper_threads` calls it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class _AcquirableView(_TaskView):
         self._poller = Poller(owned)
 
     async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
-        """Acquire the object of the threads.
+        """Acquire the `threading` object, waiting if it is not free.
 
         May be called by any task under asyncio or trio. Tasks that use the same view wait in FIFO
         order. If this is cancelled or returns False, nothing was acquired, and no thread is left
-        that would acquire anything later. Ending that thread delays the return: by some hundredths
-        of a second, or by up to half a second after a long wait.
+        that would acquire anything later. Stopping that thread delays the return, by some
+        hundredths of a second, or by up to half a second after a long wait.
 
         Arguments and results are those of `threading.Semaphore.acquire`.
 
@@ -91,13 +91,13 @@ class _AcquirableView(_TaskView):
         )
 
     def __exit__(self, *exc_info: object) -> None:
-        """Is never called."""
+        """Do nothing: `__enter__` always raises."""
 
 
 class TaskSemaphore(_AcquirableView):
     """A `threading.Semaphore` or `threading.BoundedSemaphore`, awaited by tasks.
 
-    Made by `from_threading`, which says what the view of an object is.
+    Created by `from_threading`, which describes the views.
     """
 
     __slots__ = ()
@@ -118,7 +118,7 @@ class TaskSemaphore(_AcquirableView):
 class TaskLock(_AcquirableView):
     """A `threading.Lock`, awaited by tasks.
 
-    Made by `from_threading`, which says what the view of an object is.
+    Created by `from_threading`, which describes the views.
     """
 
     __slots__ = ()
@@ -138,7 +138,7 @@ class TaskLock(_AcquirableView):
 class TaskEvent(_TaskView):
     """A `threading.Event`, awaited by tasks.
 
-    Made by `from_threading`, which says what the view of an object is.
+    Created by `from_threading`, which describes the views.
     """
 
     __slots__ = ("_watcher",)
@@ -150,8 +150,8 @@ class TaskEvent(_TaskView):
     async def wait(self, timeout: float | None = None) -> bool:
         """Wait until the event is set.
 
-        May be called by any task under asyncio or trio, and may be cancelled. A task that calls
-        this just after the event was set and cleared at once may still be told that it was set.
+        May be called by any task under asyncio or trio, and may be cancelled. If the event is set
+        and cleared at once, a call that comes just afterwards may still return True.
 
         Arguments and results are those of `threading.Event.wait`.
 
@@ -174,7 +174,7 @@ class TaskEvent(_TaskView):
         return bool(self._owned.is_set())
 
     def set(self) -> None:
-        """Set the event, and so wake all tasks and threads that wait for it.
+        """Set the event, which wakes all tasks and threads that wait for it.
 
         May be called from anywhere.
         """
@@ -191,7 +191,7 @@ class TaskEvent(_TaskView):
 class TaskBarrier(_TaskView):
     """A `threading.Barrier`, awaited by tasks.
 
-    Made by `from_threading`, which says what the view of an object is.
+    Created by `from_threading`, which describes the views.
     """
 
     __slots__ = ()
@@ -201,8 +201,8 @@ class TaskBarrier(_TaskView):
 
         May be called by any task under asyncio or trio. Each call occupies a thread of its own
         while it waits, and an action runs in the thread that arrives last. If the task is cancelled
-        before the barrier has let that thread pass, the barrier is aborted, and the other parties
-        get BrokenBarrierError.
+        before that thread has passed the barrier, the barrier is aborted, and the other parties get
+        BrokenBarrierError.
 
         Arguments and results are those of `threading.Barrier.wait`.
 
@@ -219,7 +219,7 @@ class TaskBarrier(_TaskView):
         if timeout is not None:
             timeout = check_timeout(timeout)
             if timeout is None:
-                timeout = threading.TIMEOUT_MAX  # no limit; None means that of the barrier
+                timeout = threading.TIMEOUT_MAX  # None would mean that of the barrier
         return await BarrierParty(self._owned, timeout).wait()
 
     def abort(self) -> None:
@@ -263,14 +263,14 @@ def from_threading(owned: threading.Lock) -> TaskLock: ...
 
 
 def from_threading(owned: Any) -> TaskSemaphore | TaskBarrier | TaskEvent | TaskLock:
-    """Return a view of `owned` for tasks: the same object, to be awaited.
+    """Return a view of `owned`, an object of `threading`, that tasks can await.
 
-    This is for code that cannot be changed. If it can, create an object of aiosync and give the
-    threads `as_threading` of it, which is much faster.
+    Use it for code that cannot be changed. If the code can be changed, create an object of aiosync
+    and give the threads its `as_threading` view, which is much faster.
 
     Create one view and share it: tasks that use the same view wait in FIFO order, and share one
     thread that waits for the semaphore, lock or event. `threading` promises no order, so a task has
-    no fixed place among the threads that wait. At a barrier each task occupies a thread.
+    no fixed place among the threads that wait. At a barrier each task occupies a thread of its own.
 
     May be called from anywhere.
 

@@ -1,32 +1,31 @@
 """Items and waiters, matched first-in first-out, and the proof that nothing is lost.
 
-All of it is synchronous and lock-free, except that the coroutine `HandoffQueue.wait` sleeps. This
-module does not know what an item is (a permit, a connection) or what waits for it (a task of any
-event loop, a thread).
+Everything is synchronous and lock-free, except the coroutine `HandoffQueue.wait`, which sleeps.
+This module does not know what an item is (a permit, a connection) or what waits for it (a task of
+any event loop, a thread).
 
 Why it is correct without a lock
 --------------------------------
-Every operation on `items`, `waiters` and `granted` is a single C call on a builtin, and so atomic:
+Every operation on `items`, `waiters` and `granted` is a single C call on a builtin, so atomic:
 no thread, signal handler or finalizer sees it half done. (Without the GIL, builtins lock
 themselves; `_LockedDict` does so for OrderedDict.) A *removal is a claim*: if several threads try
 to remove the same thing, one of them succeeds.
 
 1. *No lost wake-up.* Both sides publish first and look second: `join` adds the waiter before it
-   looks at the items, and `put` adds the item before it looks at the waiters. Whichever publishes
-   last sees the other, and calls `dispatch`. A dispatcher that puts an item back publishes it, so
-   it looks again.
+   looks at the items, and `put` adds the item before it looks at the waiters. The side that
+   publishes last sees the other and calls `dispatch`. A dispatcher that puts an item back publishes
+   it, so it has to look at the waiters again.
 2. *Conservation.* At any moment an item is in one place: in `items` (or `bulk`), held by one
    dispatcher, given to one waiter, or with the caller.
-3. *One outcome.* A waiter stands in `waiters` until it is removed, and the one that removes it
-   decides: a dispatcher may give it an item, nobody else. If the waiter removes itself, nothing was
-   given to it and nothing will be.
-4. *Giving.* A task on the event loop of the waiter gives by ``set_result(item)``, which either
-   succeeds, or fails because the waiter is over; then the next waiter gets the item. From anywhere
-   else, the dispatcher publishes the item in `granted`, and then looks whether the waiter is over.
-   A waiter that leaves declares itself over, and then looks into `granted`. So at least one of the
-   two sees the other, and removing the item from `granted` is the claim to it.
-5. *First-in first-out.* Waiters are removed from the front only. A caller takes an item without
-   waiting only if it sees nobody waiting.
+3. *One outcome.* A waiter is in `waiters` until it is removed. Only the dispatcher that removed it
+   may give it an item. A waiter that removes itself was given nothing, and will be given nothing.
+4. *Giving.* A dispatcher in a task on the event loop of the waiter calls ``set_result(item)``. If
+   that fails because the waiter is over, the next waiter gets the item. From anywhere else, the
+   dispatcher publishes the item in `granted`, and then looks whether the waiter is over. A waiter
+   that leaves declares itself over, and then looks into `granted`. So at least one of the two sees
+   the other, and removing the item from `granted` is the claim to it.
+5. *First-in first-out.* Waiters are served from the front only. A caller takes an item without
+   waiting only if it sees no waiters.
 """
 
 from __future__ import annotations
@@ -86,14 +85,14 @@ _lock = threading.RLock()
 _Waiters: type[OrderedDict[Any, Any]] = _LockedDict if FREE_THREADED else OrderedDict
 _bulk_lock: AbstractContextManager[object] = _lock if FREE_THREADED else nullcontext()
 
-# How many equal items are kept in `items`; the rest of them is a number inside of an iterator.
+# How many equal items `put_many` adds to `items`; an iterator in `bulk` counts the rest.
 _MAX_COPIES = 256
 
 _ABSENT = object()
 
 
 class HandoffQueue(Generic[T]):
-    """Items on one side and waiters on the other, never both for longer than one `dispatch`.
+    """Free items and waiters; `dispatch` runs until at least one side is empty.
 
     Every plain method may be called from any thread, signal handler or finalizer, and never blocks.
     An item is never None.
@@ -110,13 +109,13 @@ class HandoffQueue(Generic[T]):
         # The waiters, oldest first, each with its deadline; see `expire`. A waiter that was given
         # an item is not in here, although it may not have run yet.
         self.waiters: OrderedDict[Waiter, float | None] = _Waiters()
-        # Items given to waiters from outside of their event loop, by the id of the waiter. A
-        # reference to the waiter would keep a task of a closed loop alive, which puts its item back
-        # when it is collected. A waiter leaves before it dies, so its id is not reused before that.
+        # Items given to waiters from outside their event loop, by the id of the waiter. The waiter
+        # itself as the key would keep a task of a closed loop alive, which puts its item back when
+        # it is collected. A waiter leaves before it is collected, so no id in here is reused.
         self.granted: dict[int, T] = {}
 
     def free(self) -> int:
-        """Return how many items are free. Not ``__len__``, which cannot exceed `sys.maxsize`."""
+        """Return the number of free items. Not ``__len__``, which cannot exceed `sys.maxsize`."""
         return len(self.items) + sum(length_hint(items) for items in self.bulk.copy())
 
     def waiting(self) -> list[Waiter]:
@@ -129,7 +128,7 @@ class HandoffQueue(Generic[T]):
 
     @ki_protected
     def put(self, item: T) -> None:
-        """Add `item`: it goes to the oldest waiter, or is free.
+        """Give `item` to the oldest waiter, or add it to the free items.
 
         `Semaphore.release` contains a copy of this.
         """
@@ -151,7 +150,7 @@ class HandoffQueue(Generic[T]):
 
     @ki_protected
     def get_nowait(self, default: D) -> T | D:
-        """Remove and return a free item, or return `default` if none is free or somebody waits.
+        """Remove and return a free item, or return `default` if none is free or there are waiters.
 
         `Semaphore.acquire` and `ConnectionPool.acquire` contain a copy of this.
         """
@@ -170,8 +169,8 @@ class HandoffQueue(Generic[T]):
     def join(self, waiter: Waiter, deadline: float | None = None) -> None:
         """Add `waiter`, which may be given an item before this returns.
 
-        However its sleep ends, and also if this call is interrupted, the waiter has to `leave`,
-        unless the sleep returned an item.
+        The owner has to call `leave` afterwards, even if this call is interrupted, unless the sleep
+        of the waiter returned an item.
         """
         self.waiters[waiter] = deadline
         if self.items or self.bulk:
@@ -179,7 +178,7 @@ class HandoffQueue(Generic[T]):
 
     @ki_protected
     def leave(self, waiter: Waiter) -> T | None:
-        """End the wait of `waiter`. Return the item that it was given meanwhile, or None."""
+        """End the wait of `waiter`. Return the item that it has been given, or None."""
         if self.waiters.pop(waiter, _ABSENT) is not _ABSENT:
             return None
         item: T | None = end_wait(waiter)
@@ -193,7 +192,7 @@ class HandoffQueue(Generic[T]):
 
         :param waiter: a new waiter of the calling task or thread
         :param timeout: how many seconds to wait at most; None: no limit
-        :param deadline: when to stop waiting, on a clock that the caller of `expire` reads
+        :param deadline: when to stop waiting, on the clock of the caller of `expire`
         :return: the item, or `default` if there was none in time
         """
         try:
@@ -211,8 +210,8 @@ class HandoffQueue(Generic[T]):
     def expire(self, now: float) -> float:
         """Wake the waiters whose deadline has passed. Return the next deadline, or infinity.
 
-        This saves each waiter a timer of its own. Waiters with a deadline have to join in the order
-        of their deadlines, so they all need the same timeout.
+        The caller's one timer replaces a timer for each waiter, see docs/performance.md. Waiters
+        with a deadline have to join in the order of their deadlines, so all need the same timeout.
         """
         expired: list[Waiter] = []
         following = inf
@@ -255,7 +254,7 @@ class HandoffQueue(Generic[T]):
                     try:
                         waiter.set_result(item)  # type: ignore[union-attr]
                     except InvalidStateError:
-                        continue  # cancelled or timed out, but not run since
+                        continue  # cancelled or timed out, but has not run since
                     return
                 if self._grant(waiter, item):
                     return
@@ -264,18 +263,18 @@ class HandoffQueue(Generic[T]):
 
     @ki_protected
     def _grant(self, waiter: Waiter, item: T) -> bool:
-        """Give `item` to a waiter of another event loop or thread; False if it is over."""
+        """Give `item` to a waiter of another event loop or thread; return False if it is over."""
         if waiter.done():
             return False
         granted, key = self.granted, id(waiter)
         granted[key] = item
         if waiter.done() or not wake(waiter):
-            return granted.pop(key, None) is None  # if it is None, the waiter took it
+            return granted.pop(key, None) is None  # None: the waiter took it
         return True
 
     @ki_protected
     def put_back(self, item: T) -> None:
-        """Return an item that was to be given, but there was no waiter."""
+        """Add an item that could not be given, because there was no waiter."""
         self.items.append(item)
         if self.waiters:
             self.dispatch()

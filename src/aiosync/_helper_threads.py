@@ -1,14 +1,14 @@
 """Threads that block in objects of `threading` on behalf of tasks.
 
 A task can only wait for an object of `threading` through a thread that blocks in it, and a thread
-that blocks in it cannot be interrupted. So no thread blocks for long where it might take something
-that no task wants any more:
+that blocks in it cannot be interrupted. So no thread blocks for long where it could acquire
+something after its task has stopped waiting:
 
 `Poller` serves semaphores and locks: one thread for each object, which acquires with a short
 timeout, again and again, for as long as tasks wait.
-`EventWatcher` serves events: one thread for each object. It takes nothing from anybody.
-`BarrierParty` serves barriers: one thread for each task, since each has to arrive. `abort` gets it
-out.
+`EventWatcher` serves events: one thread for each object, which acquires nothing.
+`BarrierParty` serves barriers: one thread for each task, since each has to arrive. `abort` ends its
+wait.
 
 The threads belong to this package, so they do not occupy worker threads of anyio.
 """
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
     from ._park import Waiter
 
-# For how many seconds a poll blocks in the object, at first and at most. The time doubles with each
-# poll that fails, since a thread that comes back has lost its place among the threads that wait. A
-# task that is cancelled waits until the poll is over.
+# How many seconds a poll blocks in the object, at first and at most. The time doubles with each
+# poll that fails, since a thread that returns loses its place among the threads that wait. It is
+# limited because a task that is cancelled waits until the poll has ended.
 _FIRST_POLL, _MAX_POLL = 0.02, 0.5
-# For how many seconds a poller sleeps if all of its tasks are about to wait, or about to return.
+# How many seconds a poller sleeps while all of its tasks are about to wait, or about to return.
 _IDLE_PAUSE = 0.001
 
 
@@ -51,13 +51,13 @@ class Poller:
     """Acquires a semaphore or lock of `threading` for tasks, in FIFO order.
 
     *No task waits without a thread.* A task is in `_clients` from before it joins the queue until
-    it has left it. The thread ends only if there are no clients, and decides that under the lock
-    under which clients are added.
+    it has left it. The thread ends only if there are no clients. It decides this while it holds the
+    lock that is held to add clients.
 
     *Nothing acquired stays in the queue.* Only the thread and clients add to the queue or remove
     waiters from it, and each of them calls `_release_unclaimed` afterwards.
 
-    Clients are removed without the lock, because a finalizer may do that while the same thread
+    Clients are removed without the lock, because a finalizer may do so while the same thread
     holds the lock.
     """
 
@@ -71,7 +71,7 @@ class Poller:
         self._clients: dict[Waiter, None] = {}
         # Whether there is a thread that may block in the object. Set under the lock.
         self._running = False
-        # Tasks that wait until the thread does not block in the object.
+        # Tasks that wait until the thread no longer blocks in the object.
         self._stop_waiters: list[Waiter] = []
 
     def try_acquire(self) -> bool:
@@ -79,7 +79,7 @@ class Poller:
         return not self._queue.waiters and bool(self._owned.acquire(False))
 
     async def acquire(self, timeout: float | None) -> bool:
-        """Wait in FIFO order until the object was acquired for this task.
+        """Wait in FIFO order until the object is acquired for this task.
 
         If this returns False or raises, no thread blocks in the object unless other tasks wait. The
         only exception is a coroutine that is closed, since it cannot wait.
@@ -121,7 +121,7 @@ class Poller:
             self._release_unclaimed()
 
     async def _wait_stopped(self) -> None:
-        """Wait until no thread blocks in the object, unless it does for other tasks."""
+        """Wait until no thread blocks in the object, unless it does so for other tasks."""
         await wait_shielded(lambda: not self._running or bool(self._clients), self._stop_waiters)
 
     def _run(self) -> None:
@@ -141,7 +141,7 @@ class Poller:
                 poll_time = min(2 * poll_time, _MAX_POLL)
 
     def _poll(self, seconds: float) -> bool:
-        """Try to acquire the object for the oldest waiter; False if that was not possible."""
+        """Try to acquire the object for the oldest waiter; return False on timeout."""
         try:
             if not self._owned.acquire(True, seconds):
                 return False
@@ -152,20 +152,20 @@ class Poller:
         return True
 
     def _drop_abandoned(self) -> None:
-        """Remove tasks whose event loop was closed without running them to their end."""
+        """Remove tasks whose event loop was closed before they finished."""
         for waiter in list(self._clients):
             if is_abandoned(waiter):
                 self._queue.waiters.pop(waiter, None)
                 self._clients.pop(waiter, None)
 
     def _release_unclaimed(self) -> None:
-        """Release what was acquired for tasks that do not wait any more."""
+        """Release what was acquired for tasks that no longer wait."""
         while outcome := self._queue.get_nowait(False):
             if outcome is True:
                 try:
                     self._owned.release()
                 except (ValueError, RuntimeError):
-                    pass  # another thread released it already
+                    pass  # another thread has already released it
 
     def _stop_if_unused(self) -> bool:
         with self._lock:
@@ -190,7 +190,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self.event_was_set = False
-        # Removed without the lock, as `Poller._clients`.
+        # Entries are removed without the lock, as in `Poller._clients`.
         self.waiters: dict[Waiter, None] = {}
 
 
@@ -203,7 +203,7 @@ class EventWatcher:
         self._event = event
         # Held while `_watch` changes, and while waiters are added to it.
         self._lock = threading.Lock()
-        # That of the running thread; None if there is no thread.
+        # The watch of the running thread; None if there is no thread.
         self._watch: _Watch | None = None
 
     async def wait(self, timeout: float | None) -> bool:
@@ -231,8 +231,8 @@ class EventWatcher:
             return watch
 
     def _run(self, watch: _Watch) -> None:
-        # Long polls only: between two of them the thread would miss an event that is set and
-        # cleared at once.
+        # The polls are long, because the thread would miss an event that is set and cleared between
+        # two of them.
         while not self._event.wait(_MAX_POLL):
             with self._lock:
                 if all(map(is_abandoned, list(watch.waiters))):
@@ -291,7 +291,7 @@ class BarrierParty:
         wake_all([waiter])
 
     async def _wait_withdrawn(self) -> None:
-        """Withdraw, in a thread: `abort` blocks while an action runs, since that holds a lock."""
+        """Withdraw in a thread, because `abort` blocks while an action runs."""
         waiter = task_waiter()
         try:
             start_thread(lambda: self._withdraw(waiter))

@@ -6,14 +6,14 @@ rounds or queues.
 A *waiter* stands for one sleep of one task or thread. Its owner creates it, publishes it, and then
 sleeps by awaiting it. From the moment it is published, any thread may wake it.
 
-- On the event loop of the waiter, a task wakes it with ``set_result(item)``, and the item is the
-  result of the ``await``. InvalidStateError says that the waiter is over: cancelled, timed out, or
-  woken before.
-- From anywhere else, `wake` makes the ``await`` return None, which means "look again": what the
-  waiter was given has been published elsewhere before.
+- A task on the event loop of the waiter wakes it with ``set_result(item)``, and the ``await``
+  returns the item. InvalidStateError means that the waiter is over: cancelled, timed out, or
+  already woken.
+- From anywhere else, `wake` makes the ``await`` return None, which means "look again": an item that
+  the waiter was given has already been published elsewhere.
 
-The waiter of an asyncio task is a bare `asyncio.Future`, which is the fastest. `TrioWaiter` and
-`ThreadWaiter` have those methods of a Future that are needed here.
+The waiter of an asyncio task is a bare `asyncio.Future`, for speed: see docs/performance.md.
+`TrioWaiter` and `ThreadWaiter` implement those methods of a Future that are needed here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from trio.lowlevel import Abort, Task, TrioToken
 
-# For the modules above, which do not import asyncio themselves.
+# Re-exported for the modules above, which do not import asyncio themselves.
 __all__ = ["AsyncioBrokenBarrierError", "InvalidStateError", "current_task", "running_loop"]
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ else:
     from asyncio.tasks import _current_tasks  # type: ignore[attr-defined,unused-ignore]
 
     current_task = _current_tasks.get
-    # Whether any event loop, on whichever thread, is running a task just now.
+    # Returns how many event loops, on all threads, are running a task.
     _may_run = _current_tasks.__len__
 
 
@@ -87,7 +87,7 @@ def enable_ki_protection() -> None:
     """Pass the functions marked as `ki_protected` to trio, if it is imported.
 
     Called whenever an object is created. An object that was created before trio was imported is
-    protected from its first checkpoint or wait under trio on.
+    protected only after its first checkpoint or wait under trio has begun.
     """
     enable = getattr(_modules.get("trio.lowlevel"), "enable_ki_protection", None)
     while enable is not None and _ki_protected:
@@ -97,7 +97,7 @@ def enable_ki_protection() -> None:
             pass  # another thread took it
 
 
-# What an awaitable that never yields iterates over.
+# The iterator of an awaitable that never yields.
 _NOTHING_TO_AWAIT: Generator[Any, None, None] = iter(())  # type: ignore[assignment]
 
 
@@ -112,8 +112,8 @@ class TrioWaiter:
         self._lowlevel = lowlevel
         self._task: Task = lowlevel.current_task()
         self._token: TrioToken = lowlevel.current_trio_token()
-        # Has an entry while the task sleeps. Removing it is the claim to reschedule the task, since
-        # a signal handler may try to do so in the middle of another attempt.
+        # Has an entry while the task sleeps. Removing it is the claim to reschedule the task: a
+        # signal handler may interrupt one attempt and make another.
         self._asleep: list[bool] = []
         self._over = False
         self._item: Any = None
@@ -156,9 +156,9 @@ class TrioWaiter:
     @ki_protected
     def set_result(self, result: object) -> None:
         task: Any = self._task
-        # A signal handler may have interrupted the task just before it sleeps, or trio while it
-        # cancels the task: then trio has to finish first. These attributes are private; a version
-        # of trio without them takes the slower way, which is safe too.
+        # The caller may be a signal handler that interrupted the task just before it sleeps, or
+        # trio while it cancels the task. Then trio has to finish before the task is rescheduled.
+        # These attributes are private; without them, the slow path is used, which is safe too.
         try:
             may_reschedule = (
                 task._abort_func is not None
@@ -188,15 +188,15 @@ class TrioWaiter:
         try:
             self._asleep.pop()
         except IndexError:
-            return  # woken or cancelled before
+            return  # already woken or cancelled
         self._lowlevel.reschedule(self._task, _modules["outcome"].Value(self._item))
 
 
 class ThreadWaiter:
     """An OS thread, which sleeps on a lock of its own.
 
-    Awaiting it blocks the thread and never yields, so that `run_in_thread` runs the same coroutines
-    as tasks do. A thread is never woken with an item: it runs at the same time as its waker.
+    Awaiting it blocks the thread and never yields, so `run_in_thread` can run the same coroutines
+    as tasks do. A thread is never woken with an item, because it runs in parallel with its waker.
     """
 
     __slots__ = ("_lock", "_over")
@@ -227,7 +227,7 @@ class ThreadWaiter:
         try:
             self._lock.release()
         except RuntimeError:
-            pass  # woken before
+            pass  # already woken
 
 
 _NO_LOOP = object()
@@ -237,7 +237,7 @@ _POLL_INTERVAL = 0.5
 
 
 class PollingThreadWaiter(ThreadWaiter):
-    """A thread that calls a function now and then while it sleeps.
+    """A thread that calls a function at intervals while it sleeps.
 
     :param poll: called without arguments every half second; an exception that it raises ends the
         sleep
@@ -268,7 +268,7 @@ def thread_waiter(poll: Callable[[], object] | None = None) -> ThreadWaiter:
     """Return a new waiter for the calling thread.
 
     :param poll: see `PollingThreadWaiter`; None: the thread sleeps until it is woken
-    :raises RuntimeError: if an event loop is running on this thread, which would freeze
+    :raises RuntimeError: if an event loop is running on this thread, since waiting would block it
     """
     if running_loop() is not None or _running_trio() is not None:
         raise RuntimeError(
@@ -294,7 +294,7 @@ def task_waiter() -> Waiter:
 
 
 async def wait_with_timeout(waiter: Waiter, timeout: float) -> Any:
-    """Await `waiter`, for at most `timeout` seconds; return None when the time is over."""
+    """Await `waiter` for at most `timeout` seconds; return None on timeout."""
     if not isinstance(waiter, Future):
         return await waiter.wait_with_timeout(timeout)
     timer = waiter.get_loop().call_later(timeout, _wake, waiter)
@@ -308,7 +308,7 @@ async def wait_with_timeout(waiter: Waiter, timeout: float) -> Any:
 def end_wait(waiter: Waiter) -> Any:
     """Declare `waiter` over, so that nothing can be given to it from now on.
 
-    Called by its owner. Returns the item that `set_result` gave to it before, or None.
+    Called by its owner. Returns the item that `set_result` has already given to it, or None.
     """
     if not isinstance(waiter, Future):
         return waiter.end()
@@ -322,9 +322,9 @@ def end_wait(waiter: Waiter) -> Any:
 
 
 def run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run, on the OS thread that calls, a coroutine that sleeps on `ThreadWaiter` only.
+    """Run `coroutine`, which may await only `ThreadWaiter`, on the calling OS thread.
 
-    :raises RuntimeError: if it awaits something else; raised where it does so
+    :raises RuntimeError: if it awaits anything else; raised inside the coroutine
     """
     try:
         coroutine.send(None)
@@ -336,11 +336,11 @@ def run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def current_token() -> object:
-    """Return the running event loop (asyncio) or TrioToken (trio) if a task is being run.
+    """Return the event loop (asyncio) or the TrioToken (trio) of the running task, or None.
 
-    None otherwise: also in a callback of the loop, which may be a signal handler or a finalizer
-    that runs while the loop waits in select(). Only a thread-safe call wakes the loop there, since
-    it writes to the loop's pipe. After a step of a task, the loop looks at its ready queue anyway.
+    It is None in a callback of the loop too, since that may be a signal handler or a finalizer that
+    runs while the loop waits in select(). Only a thread-safe call wakes the loop then, by writing
+    to the loop's pipe. After a step of a task, the loop checks its ready queue anyway.
     """
     loop = running_loop()
     if loop is not None and current_task(loop) is not None:
@@ -358,7 +358,7 @@ def current_token() -> object:
 
 @ki_protected
 def wake(waiter: Waiter) -> bool:
-    """Make the ``await`` of `waiter` return None, from any thread.
+    """Make the ``await`` of `waiter` return None. May be called from any thread.
 
     :return: False if the event loop of the waiter is closed
     """
@@ -374,7 +374,7 @@ def wake(waiter: Waiter) -> bool:
 
 @ki_protected
 def wake_all(waiters: Iterable[Waiter]) -> None:
-    """Do the same for all `waiters`, in their order, and faster on their own event loop."""
+    """Wake all `waiters` in order, without a thread-safe call for those of the running loop."""
     token = current_token()
     for waiter in waiters:
         if waiter.get_loop() is token:
@@ -387,7 +387,7 @@ def wake_all(waiters: Iterable[Waiter]) -> None:
 
 
 def is_abandoned(waiter: Waiter) -> bool:
-    """Return whether the loop of `waiter` is closed, as far as that is known without waking it."""
+    """Return whether the loop of `waiter` is closed; only asyncio can tell without a wake."""
     return isinstance(waiter, Future) and waiter.get_loop().is_closed()
 
 
@@ -419,11 +419,11 @@ def token_getter() -> Callable[[], object]:
 
     On any other event loop it returns something else.
     """
-    # Trio in guest mode runs inside of an asyncio loop, so both can be running on one thread.
+    # Trio in guest mode runs inside an asyncio loop, so both can be running on one thread.
     return current_token if "trio" in _modules else running_loop
 
 
-# Strong references: an event loop holds its tasks by weak ones only.
+# Strong references, since an event loop keeps only weak references to its tasks.
 _background: set[AsyncioTask[None]] = set()
 
 
@@ -475,10 +475,10 @@ def _noop() -> None:
 
 
 async def wait_shielded(done: Callable[[], bool], waiters: list[Waiter]) -> None:
-    """Wait until ``done()`` is true, and raise a cancellation only after that.
+    """Wait until ``done()`` is true; raise a cancellation only afterwards.
 
-    :param waiters: a waiter is added to them before each call of `done`; they have to be woken when
-        `done` becomes true
+    :param waiters: a waiter is appended to this list before each call of `done`; the code that
+        makes `done` true has to wake all waiters in it
     """
     cancellation: BaseException | None = None
     with CancelScope(shield=True):
@@ -495,7 +495,7 @@ async def wait_shielded(done: Callable[[], bool], waiters: list[Waiter]) -> None
                 await waiter
             except GeneratorExit:
                 raise  # the coroutine is being closed and cannot wait
-            except BaseException as error:  # native, so not held off by the shield
+            except BaseException as error:  # native, so the shield does not stop it
                 cancellation = error
     if cancellation is not None:
         try:
@@ -515,7 +515,7 @@ def checkpoint() -> Awaitable[None]:
             enable_ki_protection()
         awaitable: Awaitable[None] = lowlevel.checkpoint()
         return awaitable
-    # `_may_run` is only a hint, but a faster one. Nothing is lost if the error is not raised.
+    # `_may_run` is faster but inexact: the error may not be raised, which does no harm.
     if not _may_run() and running_loop() is None:
         raise _no_event_loop()
     return _YIELD_ONCE
@@ -536,8 +536,8 @@ _YIELD_ONCE = _YieldOnce()
 def _running_trio() -> Any:
     """Return `trio.lowlevel` if trio is running on this thread, without importing trio.
 
-    Call it before asking asyncio: in guest mode both are running. It asks sniffio, which trio
-    depends on and tells, because ``trio.lowlevel.in_trio_task()`` takes much longer.
+    Call it before checking for asyncio: in guest mode both are running. It reads sniffio's
+    thread-local variable, which trio sets: on the hot path, see docs/performance.md.
     """
     if "trio" not in _modules:
         return None

@@ -1,7 +1,7 @@
 """Semaphore and BoundedSemaphore: a `HandoffQueue` of permits.
 
-What a permit means to a user: arguments, results, errors, checkpoints. `_handoff` decides who gets
-a permit, and `_park` knows how a task or thread sleeps.
+This module defines what users see: arguments, results, errors and checkpoints. `_handoff` decides
+which waiter gets a permit, and `_park` knows how a task or thread sleeps.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from ._park import Waiter
 
-# All permits are equal. A permit is True, so that a permit is at once the result of `acquire`.
+# All permits are equal. A permit is True, so that `acquire` can return the permit itself.
 _PERMIT = True
-# Tested by identity, since ``1.0 == 1``.
+# Compared by identity, since ``1.0 == 1``.
 _ONE = 1
 
 
@@ -52,10 +52,10 @@ class Semaphore(NotCopied):
 
     One object serves tasks of any number of asyncio and trio event loops at the same time. It may
     be created anywhere: at import time, in a thread, before any event loop runs. A permit that is
-    released while somebody waits is handed to the oldest waiter at once; a newcomer cannot take it.
-    ``Semaphore()`` is a lock that anybody may release.
+    released while callers wait is handed to the oldest waiter at once; a newcomer cannot take it.
+    ``Semaphore()`` is a lock that any task or thread may release.
 
-    The semantics are those of `threading.Semaphore`, with an `acquire` to be awaited.
+    The semantics are those of `threading.Semaphore`, except that `acquire` is awaited.
 
     :param value: the initial number of permits, 0 or more
     :param fast_acquire: if True, `acquire` does not yield to the event loop when a permit is free.
@@ -93,12 +93,13 @@ class Semaphore(NotCopied):
         new_waiter: Callable[[], Waiter],
     ) -> None:
         self._queue = queue
-        # Those of the queue: the hot paths do without one attribute.
+        # The queue's own containers: on the hot path, see docs/performance.md.
         self._items = queue.items
         self._waiters = queue.waiters
         self._fast_acquire = fast_acquire
-        # True if `acquire` must not simply take a free permit: while somebody waits, or always if
-        # it has to make a checkpoint. A single truth test for both.
+        # Truthy if `acquire` must not just pop a free permit: always if it has to make a
+        # checkpoint, otherwise while there are waiters. One test for both: on the hot path, see
+        # docs/performance.md.
         self._slow_path = queue.waiters if fast_acquire else True
         self._name = name
         self._new_waiter = new_waiter
@@ -114,8 +115,8 @@ class Semaphore(NotCopied):
         """Take a permit, waiting in FIFO order if none is free.
 
         May be called by any task under asyncio or trio. If it is cancelled, no permit was taken: a
-        permit that it was already handed goes to the next waiter. A free permit is taken at once,
-        and is put back if the checkpoint that follows (see `fast_acquire`) is cancelled.
+        permit that it had already been handed goes to the next waiter. A free permit is taken at
+        once, and is put back if the checkpoint that follows (see `fast_acquire`) is cancelled.
 
         Arguments and results are those of `threading.Semaphore.acquire`.
 
@@ -129,8 +130,8 @@ class Semaphore(NotCopied):
         """
         if blocking is not True or timeout is not None:
             return await self._acquire_slowly(blocking, timeout)
-        # Inlined: `HandoffQueue.get_nowait`, `_checkpoint` and `HandoffQueue.wait`. Each coroutine
-        # and each call counts here, see docs/performance.md.
+        # Inlined: `HandoffQueue.get_nowait`, `_checkpoint` and `HandoffQueue.wait`. On the hot
+        # path, see docs/performance.md.
         if not self._slow_path:
             try:
                 return self._items.pop()
@@ -174,7 +175,7 @@ class Semaphore(NotCopied):
 
     @ki_protected
     async def _checkpoint(self, acquired: bool) -> None:
-        """Make a checkpoint, and undo the acquire if that is cancelled."""
+        """Make a checkpoint. If that is cancelled, put back the permit that was acquired."""
         try:
             await checkpoint()
         except BaseException:
@@ -184,7 +185,7 @@ class Semaphore(NotCopied):
 
     @ki_protected
     def acquire_nowait(self) -> None:
-        """Take a permit if one is free and nobody is waiting for it.
+        """Take a permit if one is free and no caller is waiting for it.
 
         May be called from anywhere, including threads, signal handlers and finalizers. The same as
         `anyio.Semaphore.acquire_nowait` and `trio.Semaphore.acquire_nowait`.
@@ -207,7 +208,7 @@ class Semaphore(NotCopied):
         :raises OverflowError: if `n` is larger than `sys.maxsize`
         """
         if n is _ONE:
-            # Inlined: `HandoffQueue.put`.
+            # Inlined: `HandoffQueue.put`. On the hot path, see docs/performance.md.
             if self._waiters:
                 self._queue.give(True)
             else:
@@ -237,7 +238,7 @@ class Semaphore(NotCopied):
         refuse_with(self)
 
     def __exit__(self, *exc_info: object) -> None:
-        """Is never called."""
+        """Do nothing: `__enter__` always raises."""
 
     def locked(self) -> bool:
         """Return whether `acquire` would have to wait. The same as `asyncio.Semaphore.locked`."""
@@ -250,7 +251,7 @@ class Semaphore(NotCopied):
 
     @property
     def name(self) -> str | None:
-        """The name that was given to it, or None."""
+        """The name of the semaphore, or None."""
         return self._name
 
     def statistics(self) -> SemaphoreStatistics:
@@ -283,7 +284,7 @@ class BoundedSemaphore(Semaphore):
     ) -> None:
         super().__init__(value, fast_acquire=fast_acquire, name=name)
         self._bound = self.value
-        # One entry for each permit that was acquired. Removing one is the claim to release: if two
+        # One entry for each permit that is held. Removing one is the claim to release: if two
         # threads release the same permit, one of them finds no entry.
         self._held: deque[bool] = deque()
 
@@ -313,10 +314,10 @@ class BoundedSemaphore(Semaphore):
 
     @ki_protected
     def release(self, n: SupportsIndex = 1) -> None:
-        """See `Semaphore.release`; releases all of `n` or nothing.
+        """Give back `n` permits, or none if fewer are held. See `Semaphore.release`.
 
         :raises ValueError: also if fewer than `n` permits are held. If several threads release too
-            often at the same instant, at least one of them gets it.
+            often at the same instant, at least one of them gets the error.
         """
         if n is not _ONE:
             self._claim(_check_permits("n", n, 1))
