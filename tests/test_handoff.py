@@ -8,8 +8,11 @@ woken.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 import threading
+import time
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -607,3 +610,50 @@ def test_what_is_critical_is_told_at_a_checkpoint_if_trio_was_not_there_before(
     monkeypatch.setattr(_park, "_ki_protected", [nothing])
     trio.run(semaphore.acquire)
     assert _park._ki_protected == []
+
+
+@pytest.mark.skipif(not _handoff.FREE_THREADED, reason="only without the GIL")
+class TestWithoutTheGil:
+    def test_the_waiters_are_listed_while_they_come_and_go(self) -> None:
+        queue: HandoffQueue[str] = HandoffQueue()
+        over = threading.Event()
+
+        def come_and_go() -> None:
+            while not over.is_set():
+                waiters = [ThreadWaiter() for _ in range(20)]
+                for waiter in waiters:
+                    queue.join(waiter, 2.0)
+                for waiter in waiters:
+                    queue.leave(waiter)
+
+        threads = [threading.Thread(target=come_and_go) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(2000):  # this crashed the interpreter
+            queue.waiting()
+            queue.expire(1.0)
+        over.set()
+        for thread in threads:
+            thread.join()
+        assert queue.waiting() == []
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="only with fork")
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_a_child_does_not_inherit_the_lock_of_a_thread(self) -> None:
+        held = threading.Event()
+
+        def hold() -> None:
+            with _handoff._lock:
+                held.set()
+                time.sleep(0.1)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)  # kills it if it waits for the lock
+            HandoffQueue[str]().join(ThreadWaiter())
+            os._exit(0)
+        thread.join()
+        assert os.waitpid(child, 0)[1] == 0

@@ -48,6 +48,10 @@ def free(semaphore: Semaphore) -> int:
     return taken
 
 
+async def _append(others: list[bool]) -> None:
+    others.append(True)
+
+
 class TestResults:
     async def test_three_permits_answer_true_three_times_then_false(
         self, kind: Kind, fast: bool
@@ -320,6 +324,30 @@ class TestCheckpoints:
                 # Taken before the checkpoint, so the task that starts meanwhile has to wait.
                 await semaphore.acquire()
         assert served == [True]
+
+    @pytest.mark.parametrize("timeout", [None, 60])
+    async def test_a_permit_released_just_before_it_waits_is_taken_with_a_checkpoint(
+        self, kind: Kind, timeout: float | None
+    ) -> None:
+        semaphore = kind()
+        await semaphore.acquire()
+        new_waiter = semaphore._new_waiter
+
+        def release_first() -> Any:  # as another thread may, after the look for a free permit
+            semaphore.release()
+            return new_waiter()
+
+        semaphore._new_waiter = release_first
+        others: list[bool] = []
+        async with create_task_group() as tg:
+            tg.start_soon(_append, others)
+            await semaphore.acquire(timeout=timeout)
+            assert others
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await semaphore.acquire(timeout=timeout)
+                pytest.fail("there was no checkpoint")
+        assert free(semaphore) == 1
 
     async def test_a_cancel_in_the_checkpoint_of_a_vain_try_takes_nothing(self, kind: Kind) -> None:
         semaphore = kind(0)

@@ -30,6 +30,7 @@ to remove the same thing, one of them succeeds.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict, deque
 from contextlib import AbstractContextManager, nullcontext
@@ -41,6 +42,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ._park import (
     FREE_THREADED,
     InvalidStateError,
+    checkpoint,
     current_task,
     current_token,
     enable_ki_protection,
@@ -82,6 +84,11 @@ class _LockedDict(OrderedDict[Any, Any]):
 
 
 _lock = threading.RLock()
+if FREE_THREADED and hasattr(os, "register_at_fork"):
+    # Or else a child could find it held for good, by a thread that it does not have.
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 _Waiters: type[OrderedDict[Any, Any]] = _LockedDict if FREE_THREADED else OrderedDict
 _bulk_lock: AbstractContextManager[object] = _lock if FREE_THREADED else nullcontext()
 
@@ -122,7 +129,8 @@ class HandoffQueue(Generic[T]):
         """Return the waiters, the oldest first."""
         while True:
             try:
-                return list(self.waiters)
+                with _bulk_lock:  # iterating over it is no single step, and crashes without a GIL
+                    return list(self.waiters)
             except RuntimeError:
                 pass  # changed by another thread
 
@@ -197,6 +205,8 @@ class HandoffQueue(Generic[T]):
         """
         try:
             self.join(waiter, deadline)
+            if waiter.done():  # an item came just now, so awaiting the waiter does not yield
+                await checkpoint()
             item = await (waiter if timeout is None else wait_with_timeout(waiter, timeout))
             if item is None:
                 item = self.leave(waiter)
@@ -217,12 +227,13 @@ class HandoffQueue(Generic[T]):
         following = inf
         while True:
             try:
-                for waiter, deadline in self.waiters.items():
-                    if deadline is not None:
-                        if deadline > now:
-                            following = deadline
-                            break
-                        expired.append(waiter)
+                with _bulk_lock:  # see `waiting`
+                    for waiter, deadline in self.waiters.items():
+                        if deadline is not None:
+                            if deadline > now:
+                                following = deadline
+                                break
+                            expired.append(waiter)
             except RuntimeError:
                 expired.clear()  # changed by another thread
             else:

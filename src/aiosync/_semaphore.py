@@ -157,6 +157,8 @@ class Semaphore(NotCopied):
             self._waiters[waiter] = None
             if self._items or self._queue.bulk:
                 self._queue.dispatch()
+                if waiter.done():  # a permit came just now, so awaiting the waiter does not yield
+                    await checkpoint()
             return await waiter or self._queue.leave(waiter) is True
         except BaseException:
             if self._queue.leave(waiter):
