@@ -736,7 +736,7 @@ def _stage() -> Iterator[_Stage]:
     with (
         patch.object(_park, "allocate_lock", lambda: _Bell(stage)),
         # The step that it makes of several is one anyway for who can't be stopped within.
-        patch.object(_handoff, "_bulk_lock", nullcontext()),
+        patch.object(_handoff, "_free_threaded_lock", nullcontext()),
     ):
         stage.open()
         try:

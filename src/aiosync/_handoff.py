@@ -85,12 +85,12 @@ class _LockedDict(OrderedDict[Any, Any]):
 
 _lock = threading.RLock()
 if FREE_THREADED and hasattr(os, "register_at_fork"):
-    # Or else a child could find it held for good, by a thread that it does not have.
+    # Otherwise a child could inherit it locked by a thread that it does not have.
     os.register_at_fork(
         before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
     )
 _Waiters: type[OrderedDict[Any, Any]] = _LockedDict if FREE_THREADED else OrderedDict
-_bulk_lock: AbstractContextManager[object] = _lock if FREE_THREADED else nullcontext()
+_free_threaded_lock: AbstractContextManager[object] = _lock if FREE_THREADED else nullcontext()
 
 # How many equal items `put_many` adds to `items`; an iterator in `bulk` counts the rest.
 _MAX_COPIES = 256
@@ -129,7 +129,7 @@ class HandoffQueue(Generic[T]):
         """Return the waiters, the oldest first."""
         while True:
             try:
-                with _bulk_lock:  # iterating over it is no single step, and crashes without a GIL
+                with _free_threaded_lock:  # iterating is not atomic without the GIL
                     return list(self.waiters)
             except RuntimeError:
                 pass  # changed by another thread
@@ -227,7 +227,7 @@ class HandoffQueue(Generic[T]):
         following = inf
         while True:
             try:
-                with _bulk_lock:  # see `waiting`
+                with _free_threaded_lock:  # see `waiting`
                     for waiter, deadline in self.waiters.items():
                         if deadline is not None:
                             if deadline > now:
@@ -293,7 +293,7 @@ class HandoffQueue(Generic[T]):
     @ki_protected
     def _pop_bulk(self) -> T | None:
         while self.bulk:
-            with _bulk_lock:
+            with _free_threaded_lock:
                 try:
                     items = self.bulk[0]
                     item = next(items, None)
