@@ -612,7 +612,7 @@ def test_what_is_critical_is_told_at_a_checkpoint_if_trio_was_not_there_before(
     assert _park._ki_protected == []
 
 
-@pytest.mark.skipif(not _handoff.FREE_THREADED, reason="only without the GIL")
+@pytest.mark.skipif(not _park.FREE_THREADED, reason="only without the GIL")
 class TestWithoutTheGil:
     def test_the_waiters_are_listed_while_they_come_and_go(self) -> None:
         queue: HandoffQueue[str] = HandoffQueue()
