@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -593,6 +594,29 @@ class TestWhoIsRunning:
         monkeypatch.setattr(_park, "_ki_protected", Emptied([nothing]))
         trio.run(main)
         assert _park._ki_protected == []
+
+    def test_an_item_is_not_lost_if_the_trio_task_is_woken_before_it_is_delivered(self) -> None:
+        # A signal handler puts it while `expire` is about to wake the task, and KeyboardInterrupt
+        # is pending, so that the task cannot be rescheduled at once.
+        async def main() -> list[str]:
+            queue: HandoffQueue[str] = HandoffQueue()
+            got = []
+
+            async def wait() -> None:
+                got.append(await queue.wait(task_waiter(), None, "lost"))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait)
+                await trio.testing.wait_all_tasks_blocked()
+                (waiter,) = queue.waiting()
+                runner = trio.lowlevel.current_task()._runner
+                runner.ki_pending = True
+                queue.put("item")
+                _park.wake_all([waiter])
+                runner.ki_pending = False
+            return got
+
+        assert trio.run(main) == ["item"]
 
     def test_a_trio_task_that_is_being_rescheduled_can_not_be_aborted(self) -> None:
         async def main() -> object:

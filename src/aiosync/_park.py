@@ -174,7 +174,8 @@ class TrioWaiter:
                 may_reschedule = False
         if self._over:
             raise InvalidStateError
-        self._item = result
+        if result is not None:  # `wake_all` may come after an item that is still to be delivered
+            self._item = result
         if may_reschedule:
             self._lowlevel.reschedule(task, _modules["outcome"].Value(result))
         else:
