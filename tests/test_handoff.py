@@ -255,6 +255,21 @@ class TestRaces:
         assert Fleeting.stolen
         assert waiter.leave(queue) == "item"
 
+    def test_a_waiter_that_is_published_as_the_item_is_put_gets_it(self) -> None:
+        queue: HandoffQueue[Any] = HandoffQueue()
+        waiter: Any = Step()
+
+        class Late(deque[Any]):
+            """Another thread has published its waiter, and has found no item."""
+
+            def append(self, item: Any) -> None:
+                queue.waiters[waiter] = None
+                super().append(item)
+
+        queue.items = Late()
+        queue.put("item")
+        assert waiter.leave(queue) == "item"
+
     def test_a_dispatcher_that_finds_the_waiters_gone_puts_the_item_back(self) -> None:
         queue = HandoffQueue(["item"])
 
@@ -555,6 +570,18 @@ class QueueMachine(RuleBasedStateMachine):
 
 TestAnySequence = QueueMachine.TestCase
 TestAnySequence.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.anyio
+async def test_a_shielded_wait_that_is_over_as_its_waiter_is_woken_ends() -> None:
+    waiters: list[Any] = []
+
+    def done() -> bool:
+        waiters.clear()  # another thread is about to wake all of them
+        return True
+
+    await _park.wait_shielded(done, waiters)
+    assert waiters == []
 
 
 class TestWhoIsRunning:
