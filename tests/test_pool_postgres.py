@@ -89,11 +89,16 @@ DRIVERS = {
 }
 
 
+def need(module: str) -> None:
+    """Skip a test whose driver can't be imported."""
+    pytest.importorskip(module, exc_type=ImportError)
+
+
 @pytest.fixture(params=sorted(DRIVERS))
 def driver(request: pytest.FixtureRequest) -> Driver:
-    for module in ("asyncpg", "uvloop"):
-        if module in request.param:
-            pytest.importorskip(module)
+    need("asyncpg" if "asyncpg" in request.param else "psycopg")
+    if "uvloop" in request.param:
+        need("uvloop")
     return DRIVERS[request.param]
 
 
@@ -454,6 +459,7 @@ async def test_a_server_that_accepts_but_never_speaks_does_not_keep_the_pool_fro
 async def test_a_driver_for_asyncio_says_so_under_trio(
     make: Callable[..., ConnectionPool[Any]], anyio_backend: Any
 ) -> None:
+    need("asyncpg" if make is asyncpg_pool else "psycopg")
     async with make(fail_fast=True) as pool:
         with pytest.raises(PoolTimeout) as caught:
             await pool.acquire()
