@@ -829,8 +829,8 @@ MISTAKES: list[Any] = [
     *mistake(
         "who ran the action is not told of abort",
         _Rounds.trip,
-        "return False",
-        "return True",
+        "is not _TRIPPED:\n            return False",
+        "is not _TRIPPED:\n            return True",
         abort_while_the_action_runs,
     ),
     *mistake(
