@@ -12,9 +12,9 @@ themselves; `_LockedDict` does so for OrderedDict.) A *removal is a claim*: if s
 to remove the same thing, one of them succeeds.
 
 1. *No lost wake-up.* Both sides publish first and look second: `join` adds the waiter before it
-   looks at the items, and `put` adds the item before it looks at the waiters. The side that
-   publishes last sees the other and calls `dispatch`. A dispatcher that puts an item back publishes
-   it, so it has to look at the waiters again.
+   looks at the items. `put` gives its item to a waiter that it sees; if it sees none, it adds the
+   item, and then looks at the waiters again. The side that publishes last sees the other and calls
+   `dispatch`. A dispatcher that puts an item back publishes it, so it looks again too.
 2. *Conservation.* At any moment an item is in one place: in `items` (or `bulk`), held by one
    dispatcher, given to one waiter, or with the caller.
 3. *One outcome.* A waiter is in `waiters` until it is removed. Only the dispatcher that removed it
@@ -24,6 +24,7 @@ to remove the same thing, one of them succeeds.
    dispatcher publishes the item in `granted`, and then looks whether the waiter is over. A waiter
    that leaves declares itself over, and then looks into `granted`. So at least one of the two sees
    the other, and removing the item from `granted` is the claim to it.
+   (A waiter of a closed loop need not declare itself over, since waking it fails.)
 5. *First-in first-out.* Waiters are served from the front only. A caller takes an item without
    waiting only if it sees no waiters.
 """
