@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import plot, record, report, runner, targets
+from . import plot, record, report, runner, summary, targets
 from .loops import BACKENDS
 from .model import Comparison, Effort, Outcome, Row, work_title
 from .progress import progress
@@ -44,6 +44,7 @@ def _parser() -> _Parser:
         help=f"of {', '.join(SUITES)}; without any: all of them",
     )
     parser.add_argument("--backend", choices=[*BACKENDS, "all"], default="all")
+    parser.add_argument("--work", metavar="TEXT", default="", help="only rows with it in the title")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw figures of each suite")
@@ -57,9 +58,9 @@ def _parser() -> _Parser:
     return parser
 
 
-def _load(parser: _Parser, file: Path | None) -> list[Outcome]:
+def _load(parser: _Parser, file: Path | None) -> tuple[dict[str, Any], list[Outcome]]:
     try:
-        return record.load(file) if file is not None else []
+        return record.load(file) if file is not None else ({}, [])
     except (OSError, ValueError) as error:
         parser.error(f"{file}: {error}")
 
@@ -93,7 +94,8 @@ class _LeftOut(dict[str, str]):
         self[name] = reason
 
 
-def _rows(suites: Sequence[str], backend: str, effort: Effort, left_out: _LeftOut) -> list[Row]:
+def _rows(arguments: argparse.Namespace, effort: Effort, left_out: _LeftOut) -> list[Row]:
+    suites, backend = arguments.suites, arguments.backend
     backends = [""]
     for name, needs in BACKENDS.items():
         if backend in (name, "all"):
@@ -108,6 +110,7 @@ def _rows(suites: Sequence[str], backend: str, effort: Effort, left_out: _LeftOu
         if name in suites or not suites
         for backend in backends
         for row in SUITES[name].rows(backend, effort)
+        if arguments.work in row.work
     ]
 
 
@@ -135,12 +138,10 @@ def _comparisons(outcomes: Sequence[Outcome]) -> list[Comparison]:
     return [comparison for outcome in outcomes for comparison in outcome.comparisons()]
 
 
-def _replay(parser: _Parser, file: Path) -> list[Outcome]:
+def _replay(outcomes: list[Outcome]) -> None:
     """Print a saved run."""
-    outcomes = _load(parser, file)
     for (suite, backend), group in groupby(outcomes, lambda found: (found.suite, found.backend)):
         _print_group(suite, backend, list(group))
-    return outcomes
 
 
 def _print_environment(environment: dict[str, Any], effort: Effort) -> None:
@@ -162,29 +163,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     _check_arguments(parser, arguments)
-    old = _load(parser, arguments.compare)
+    _, old = _load(parser, arguments.compare)
     left_out = _LeftOut()
     if arguments.replay is not None:
-        outcomes = _replay(parser, arguments.replay)
+        environment, outcomes = _load(parser, arguments.replay)
+        _replay(outcomes)
     else:
         effort = _effort(arguments)
         environment = record.environment()
         _print_environment(environment, effort)
-        rows = _rows(arguments.suites, arguments.backend, effort, left_out)
+        rows = _rows(arguments, effort, left_out)
         outcomes = _measure(rows, effort, left_out)
         if arguments.json is not None:
             record.save(arguments.json, environment, effort.name, outcomes, left_out)
     comparisons = _comparisons(outcomes)
     if arguments.plot is not None:
-        plot.draw(arguments.plot, outcomes)
+        plot.draw(arguments.plot, outcomes, record.describe(environment))
     if arguments.compare is not None:
         print("\nCOMPARED WITH THE EARLIER RUN")
         print(*report.changes(_comparisons(old), comparisons), sep="\n")
-    if not arguments.check:
-        return 0
-    lines, all_met = targets.check(comparisons)
-    print("\nTARGETS", f"{'':18} {'':41} {'':27} {'least':>7} {'measured':>8}", *lines, sep="\n")
-    return 0 if all_met else 1
+    status = 0
+    if arguments.check:
+        lines, all_met = targets.check(outcomes)
+        print(
+            "\nTARGETS", f"{'':18} {'':41} {'':27} {'least':>7} {'measured':>8}", *lines, sep="\n"
+        )
+        status = 0 if all_met else 1
+    lines = [*summary.lines(comparisons, record.describe(environment))]
+    if lines:
+        print("", *lines, sep="\n")
+    return status
 
 
 if __name__ == "__main__":

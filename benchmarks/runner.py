@@ -41,17 +41,19 @@ def measure(row: Row, effort: Effort, tell: Callable[[str, str], None]) -> Outco
     def leave_out(name: str, reason: str) -> None:
         tell(f"{row.suite}: {row.work}" if name == US else name, reason)
 
-    contenders = _installed(row.contenders, leave_out)
+    installed = _installed(row.contenders, leave_out)
     outcome = Outcome(row.suite, row.backend, row.work, row.size, row.unit)
     gc.collect()
     gc.freeze()  # later collections skip the objects that exist by now
-    if not row.exact:
-        contenders = _warmed_up(contenders, leave_out)
+    first = _first_round(installed, leave_out)
+    contenders = list(first)
     if contenders and contenders[0].name == US:
         outcome.samples = {contender.name: [] for contender in contenders}
+        if row.exact:
+            outcome.samples = {contender.name: [sample] for contender, sample in first.items()}
         begin = time.perf_counter()
         least = effort.least_of_many if row.size else effort.least
-        for number in range(1 if row.exact else effort.rounds):
+        for number in range(0 if row.exact else effort.rounds):
             if number >= least and time.perf_counter() - begin > effort.seconds:
                 break
             turn = number % len(contenders)
@@ -73,25 +75,23 @@ def _installed(
     return found
 
 
-def _warmed_up(
+def _first_round(
     contenders: list[Contender], leave_out: Callable[[str, str], None]
-) -> list[Contender]:
-    """Measure each contender once to warm up; return those that can be measured.
+) -> dict[Contender, float]:
+    """Measure each contender once; return those that can be measured, with their first samples.
 
     A peer whose version the adapters do not know must not end the whole run.
     """
-    found = []
+    found = {}
     for contender in contenders:
         try:
-            _sample(contender)
+            found[contender] = _sample(contender)
         except LeftOutError as error:
             leave_out(contender.name, str(error))
         except Exception as error:
             if contender.name == US:
                 raise
             leave_out(contender.name, f"it fails with {error!r}")
-        else:
-            found.append(contender)
     return found
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ..model import Effort, Row
-from . import barrier, pool, scale, semaphore, size, threads
+from . import barrier, debug, drivers, pool, redis, scale, semaphore, size, threads
 
 
 class Suite(NamedTuple):
@@ -22,8 +22,11 @@ class Suite(NamedTuple):
 SUITES = {
     "semaphore": Suite(semaphore.rows),
     "barrier": Suite(barrier.rows, barrier.NOTE),
-    "scale": Suite(scale.rows, scale.NOTE),
     "threads": Suite(threads.rows),
+    "scale": Suite(scale.rows, scale.NOTE),
     "pool": Suite(pool.rows, pool.NOTE),
+    "drivers": Suite(drivers.rows, drivers.NOTE),
+    "redis": Suite(redis.rows, redis.NOTE),
+    "debug": Suite(debug.rows, debug.NOTE),
     "size": Suite(size.rows),
 }

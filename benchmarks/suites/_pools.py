@@ -5,8 +5,11 @@ What must live here: adapters, one for each pool. The work with them is in `pool
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -17,12 +20,20 @@ import aiosync
 SIZE = 10
 
 
+def _cannot_discard(connection: Any) -> None:
+    raise NotImplementedError
+
+
 class Pool(NamedTuple):
-    """How to borrow from a pool, and how to give back; `release` may return an awaitable."""
+    """How to borrow from a pool, and how to give back.
+
+    `release` and `discard`, which closes the connection, may both return awaitables.
+    """
 
     acquire: Callable[[], Awaitable[Any]]
     release: Callable[[Any], Any]
     release_is_async: bool
+    discard: Callable[[Any], Any] = _cannot_discard
 
 
 Maker = Callable[[], AbstractAsyncContextManager[Pool]]
@@ -40,6 +51,19 @@ class Stub:
 
 async def _stub() -> Stub:
     return Stub()
+
+
+def _slow_connect() -> Callable[[], Awaitable[Stub]]:
+    """Return a function that connects in 1 ms, and fails one time in twenty."""
+    numbers = itertools.count(1)
+
+    async def connect() -> Stub:
+        await asyncio.sleep(0.001)
+        if next(numbers) % 20 == 0:
+            raise ConnectionError("the server is busy")
+        return Stub()
+
+    return connect
 
 
 @asynccontextmanager
@@ -135,7 +159,7 @@ async def of_redis() -> AsyncIterator[Pool]:
         async def re_auth(self) -> None:
             pass
 
-    pool: Any = BlockingConnectionPool(max_connections=SIZE, connection_class=Connection)  # type: ignore[type-var,unused-ignore]
+    pool: Any = BlockingConnectionPool(max_connections=SIZE, connection_class=Connection)  # type: ignore[type-var,arg-type,unused-ignore]
     yield Pool(pool.get_connection, pool.release, True)
     await pool.disconnect()
 
@@ -160,13 +184,36 @@ async def of_coredis() -> AsyncIterator[Pool]:
             self.over.set()
 
     async with ConnectionPool(
-        connection_class=Connection,  # type: ignore[type-var,unused-ignore]
+        connection_class=Connection,  # type: ignore[type-var,arg-type,unused-ignore]
         location=TCPLocation("nowhere", 1),
         max_connections=SIZE,
     ) as pool:
         yield Pool(pool.get_connection, pool.release, False)
         for connection in list(pool._online_connections):
             connection.invalidate()
+
+
+# With the default options. Each has a server of its own, which is slow and sometimes fails.
+
+
+@asynccontextmanager
+async def ours_replacing() -> AsyncIterator[Pool]:
+    async with aiosync.ConnectionPool(_slow_connect(), max_size=SIZE) as pool:
+        yield Pool(pool.acquire, pool.release, False, pool.discard)
+
+
+@asynccontextmanager
+async def of_connpool(base_delay: float = 0.1) -> AsyncIterator[Pool]:
+    """Yield a pool whose borrowers connect; one that fails tries again after `base_delay`."""
+    from connpool import AsyncConnectionPool, PoolConfig, RetryPolicy
+
+    # The number of attempts is not the default: none of them may end the benchmark.
+    retry = RetryPolicy(max_attempts=100, base_delay=base_delay)
+    pool: AsyncConnectionPool[Any] = AsyncConnectionPool.from_callables(
+        _slow_connect(), config=PoolConfig(max_size=SIZE, retry=retry)
+    )
+    async with pool:
+        yield Pool(pool.acquire, pool.release, True, partial(pool.release, discard=True))
 
 
 @asynccontextmanager

@@ -5,32 +5,31 @@ What must live here: the work of tasks with a pool. The pools themselves are in 
 
 from __future__ import annotations
 
-import atexit
-import functools
+import itertools
+import logging
 import statistics
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 from ..loops import checkpoint, crowd, run
-from ..model import US, Contender, Effort, LeftOutError, Row
-from . import _pools
+from ..model import US, Contender, Effort, Row
+from . import _pools, _postgres
 from ._pools import Maker, Pool
-
-# The server is started by a helper of the tests.
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "tests"))
-from postgres_server import PostgresServer
 
 NOTE = """\
 The connections are stubs that do nothing, so that only the pool is measured; those of asyncpg are
 real, to a server of their own. In a pool where a borrower that has just released may overtake the
-waiters (see most served / least served), most waits are short, and a few are very long."""
+waiters (see most served / least served), most waits are short, and a few are very long. Replacement
+under load: 100 tasks share 10 stubs, one loan in ten ends with a discard, a connect takes 1 ms, and
+one in twenty fails."""
 
 TASKS = 100
+
+# Each connect that fails is logged. An application has a handler; this one prints nothing.
+logging.getLogger("aiosync.pool").addHandler(logging.NullHandler())
 
 
 class Subject(NamedTuple):
@@ -56,7 +55,7 @@ BLOCKING = Subject("SQLAlchemy QueuePool", _pools.of_sqlalchemy, "sqlalchemy")
 
 async def alone(pool: Pool, effort: Effort) -> float:
     """Seconds for one acquire and release of a pool that no other task uses."""
-    acquire, release, release_is_async = pool
+    acquire, release, release_is_async, _ = pool
     times = effort.times(1000)
     begin = time.perf_counter()
     if release_is_async:
@@ -124,6 +123,47 @@ async def fairness(pool: Pool, effort: Effort) -> float:
     return max(1, *served) / max(1, min(served))
 
 
+async def _replace(pool: Pool, effort: Effort) -> tuple[float, list[int]]:
+    """Return the seconds for which 100 tasks borrow, and the number of loans of each.
+
+    One loan in ten ends with a discard. A loan that ends too late is not counted, because fewer and
+    fewer tasks are left by then.
+    """
+    use = checkpoint()
+    served = [0] * TASKS
+    loans = itertools.count(1)
+    begin = time.perf_counter()
+    until = begin + max(0.02, effort.scale)
+
+    async def compete(number: int) -> None:
+        while True:
+            connection = await pool.acquire()
+            await use()
+            give_back = pool.discard if next(loans) % 10 == 0 else pool.release
+            given_back = give_back(connection)
+            if pool.release_is_async:
+                await given_back
+            if time.perf_counter() >= until:
+                return
+            served[number] += 1
+
+    async with crowd() as spawn:
+        for number in range(TASKS):
+            spawn(partial(compete, number))
+    return until - begin, served
+
+
+async def replacement(pool: Pool, effort: Effort) -> float:
+    """Seconds for each loan, where one in ten ends with a discard and some connects fail."""
+    seconds, served = await _replace(pool, effort)
+    return seconds / max(1, sum(served))
+
+
+async def fair_replacement(pool: Pool, effort: Effort) -> float:
+    _, served = await _replace(pool, effort)
+    return max(1, *served) / max(1, min(served))
+
+
 def measure(
     backend: str, what: Callable[[Pool, Effort], Awaitable[float]], make: Maker, effort: Effort
 ) -> float:
@@ -138,28 +178,18 @@ def measure(
     return run(backend, main)
 
 
-@functools.cache
-def _server() -> str:
-    """Return the host of a server that runs until the program ends."""
-    why_not = PostgresServer.why_not()
-    if why_not is not None:
-        raise LeftOutError(why_not)
-    server = PostgresServer()
-    atexit.register(server.__exit__)
-    try:
-        server.start()
-    except (RuntimeError, ImportError) as error:
-        raise LeftOutError(str(error)) from None
-    return server.host
-
-
 def _on_server(make: Callable[[str], object]) -> Maker:
-    return lambda: make(_server())  # type: ignore[return-value]
+    return lambda: make(_postgres.host())  # type: ignore[return-value]
 
 
 ON_SERVER = (
     Subject(US, _on_server(_pools.ours_of_asyncpg), "asyncpg"),
     Subject("asyncpg", _on_server(_pools.of_asyncpg), "asyncpg"),
+)
+REPLACING = (
+    Subject(US, _pools.ours_replacing),
+    Subject("connpool", _pools.of_connpool, "connpool"),
+    Subject("connpool, retries at once", partial(_pools.of_connpool, 0), "connpool"),
 )
 EVEN = Contender("floor: all alike", lambda: 1.0)
 
@@ -184,5 +214,8 @@ def rows(backend: str, effort: Effort) -> Iterator[Row]:
     shares = row("most served / least served", fairness, *subjects)
     yield replace(shares, contenders=[*shares.contenders, EVEN], unit="x")
     if not under_trio:
+        yield row("replacement under load", replacement, *REPLACING)
+        shares = row("replacement: most / least served", fair_replacement, *REPLACING)
+        yield replace(shares, contenders=[*shares.contenders, EVEN], unit="x")
         yield row("alone, asyncpg on PostgreSQL", alone, *ON_SERVER)
         yield row(f"{crowded}, asyncpg", contended, *ON_SERVER)

@@ -73,6 +73,28 @@ def free_permit(make: Callable[[int], Any], effort: Effort) -> float:
     return (time.perf_counter() - begin) / times
 
 
+def free_permit_timeout(make: Callable[[int], Any], effort: Effort) -> float:
+    """Do what `free_permit` does, with a timeout."""
+    semaphore = make(1)
+    times = effort.times(5000)
+    begin = time.perf_counter()
+    for _ in range(times):
+        semaphore.acquire(timeout=10)
+        semaphore.release()
+    return (time.perf_counter() - begin) / times
+
+
+def free_permit_with(make: Callable[[int], Any], effort: Effort) -> float:
+    """Do what `free_permit` does, by ``with``."""
+    semaphore = make(1)
+    times = effort.times(5000)
+    begin = time.perf_counter()
+    for _ in range(times):
+        with semaphore:
+            pass
+    return (time.perf_counter() - begin) / times
+
+
 def _in_threads(count: int, work: Callable[[], object]) -> float:
     """Return the seconds until `count` threads have run `work` once each."""
     threads = [threading.Thread(target=work) for _ in range(count)]
@@ -213,6 +235,8 @@ def _among_threads(effort: Effort) -> Iterator[Row]:
         return Row("threads", "", work, contenders)
 
     yield row("free permit", SEMAPHORES, free_permit)
+    yield row("free permit, with", SEMAPHORES, free_permit_with)
+    yield row("free permit, timeout", SEMAPHORES, free_permit_timeout)
     for threads in THREADS:
         title = f"1 permit, {threads} threads"
         yield row(title, SEMAPHORES, partial(contended, threads=threads))

@@ -1,25 +1,33 @@
 """Synchronization primitives that tasks and threads share, with the semantics of `threading`.
 
-`Semaphore`, `BoundedSemaphore`, `Barrier` and `ConnectionPool` are awaited by tasks of any number
-of asyncio and trio event loops. `as_threading` returns a view of such an object for OS threads.
-`from_threading` returns a view of an object of `threading` for tasks. The Thread* and Task* classes
-are the types of these views; the two functions create them. `aiosync.recipes` creates pools for
-common drivers.
+Await `Semaphore`, `BoundedSemaphore`, `Barrier` and `ConnectionPool` in tasks of asyncio or trio.
+`as_threading` lets OS threads use the same objects; `from_threading` lets tasks await objects of
+`threading`. `aiosync.recipes` has pools for common drivers, and `aiosync.redis` has semaphores and
+barriers that processes share.
 """
 
-from ._as_threading import (
-    ThreadBarrier,
-    ThreadBoundedSemaphore,
-    ThreadCheckout,
-    ThreadConnectionPool,
-    ThreadSemaphore,
-    as_threading,
-)
+import os as _os
+from typing import TYPE_CHECKING
+
+from ._as_threading import ThreadBarrier, ThreadBoundedSemaphore, ThreadSemaphore, as_threading
 from ._barrier import Barrier, BarrierStatistics
-from ._errors import BrokenBarrierError, PoolClosed, PoolTimeout, TooManyRequests
+from ._errors import BrokenBarrierError, PoolClosed, PoolMisuse, PoolTimeout, TooManyRequests
 from ._from_threading import TaskBarrier, TaskEvent, TaskLock, TaskSemaphore, from_threading
-from ._pool import Checkout, ConnectionInfo, ConnectionPool, PoolEvent
 from ._semaphore import BoundedSemaphore, Semaphore, SemaphoreStatistics
+
+if TYPE_CHECKING:
+    from ._as_threading_pool import ThreadCheckout, ThreadConnectionPool
+    from ._pool import (
+        Checkout,
+        ConnectionInfo,
+        ConnectionLimit,
+        ConnectionPermit,
+        ConnectionPool,
+        Histogram,
+        PoolEvent,
+        PoolOptions,
+        PoolStatistics,
+    )
 
 __all__ = [
     "Barrier",
@@ -28,9 +36,15 @@ __all__ = [
     "BrokenBarrierError",
     "Checkout",
     "ConnectionInfo",
+    "ConnectionLimit",
+    "ConnectionPermit",
     "ConnectionPool",
+    "Histogram",
     "PoolClosed",
     "PoolEvent",
+    "PoolMisuse",
+    "PoolOptions",
+    "PoolStatistics",
     "PoolTimeout",
     "Semaphore",
     "SemaphoreStatistics",
@@ -50,4 +64,27 @@ __all__ = [
 
 # Tracebacks and help() show the public name, not the private module.
 for _name in __all__:
-    globals()[_name].__module__ = __name__
+    if _name in globals():
+        globals()[_name].__module__ = __name__
+
+if not TYPE_CHECKING:
+    # The pool is imported when one of its names is used for the first time, because many programs
+    # have no pool, and its import takes longer than the import of everything else.
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import _as_threading_pool, _pool
+
+        module = _pool if hasattr(_pool, name) else _as_threading_pool
+        value = globals()[name] = getattr(module, name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+if _os.environ.get("AIOSYNC_DEBUG", "0") not in {"", "0"}:
+    from . import debug
+
+    debug.enable()

@@ -7,40 +7,36 @@ threads own, see `_from_threading`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from ._barrier import Barrier
-from ._errors import NotCopied
+from ._errors import NeedsPlainWith, normalize_timeout
 from ._park import run_in_thread
-from ._pool import Borrowing, ConnectionPool
 from ._semaphore import BoundedSemaphore, Semaphore
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from ._as_threading_pool import ThreadConnectionPool
     from ._barrier import BarrierStatistics
-    from ._pool import ConnectionInfo
+    from ._pool import ConnectionPool
 
 T = TypeVar("T")
+V_co = TypeVar("V_co", covariant=True)
+
+# `ConnectionPool` and its view, from the first call for a pool on. As in `aiosync`, the pool is
+# imported late. An import statement in `as_threading` would make each call slower.
+_pools: tuple[type[ConnectionPool[Any]], ...] = ()
+_view_of_pool: type[ThreadConnectionPool[Any]]
 
 
-class _ThreadView(NotCopied):
-    """The base class of the views, and of what they return: refuses ``async with``."""
+class SupportsThreads(Protocol[V_co]):
+    """An object that has a view for threads, such as a semaphore of `aiosync.redis`."""
 
-    __slots__ = ()
-
-    async def __aenter__(self) -> NoReturn:
-        """Raise TypeError: a task awaits the shared object itself."""
-        raise TypeError(
-            f"{type(self).__name__} is for threads; a task uses 'async with' on the object "
-            f"that was given to as_threading()"
-        )
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        """Do nothing: `__aenter__` always raises."""
+    def _threading_view(self) -> V_co: ...
 
 
-class ThreadSemaphore(_ThreadView):
+class ThreadSemaphore(NeedsPlainWith):
     """A `Semaphore` with the API of `threading.Semaphore`. Created by `as_threading`.
 
     All methods may be called from any thread. Only `acquire` can block.
@@ -51,7 +47,7 @@ class ThreadSemaphore(_ThreadView):
     def __init__(self, semaphore: Semaphore) -> None:
         self._semaphore = semaphore
         self._shared = semaphore._for_threads()
-        self._get_nowait = self._shared._queue.get_nowait
+        self._get_nowait = self._shared._nowait()
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Take a permit, waiting in FIFO order with tasks and threads if none is free.
@@ -67,7 +63,9 @@ class ThreadSemaphore(_ThreadView):
         :raises ValueError: if `timeout` is given although `blocking` is False, or is NaN
         :raises TypeError: if `blocking` is not a bool, or `timeout` not a number
         """
-        if blocking is True and timeout is None and self._get_nowait(False):
+        if blocking is not True or timeout is not None:
+            normalize_timeout(blocking, timeout)  # refuses what is wrong
+        if self._get_nowait(False):
             return True
         return run_in_thread(self._shared.acquire(blocking, timeout))
 
@@ -86,7 +84,7 @@ class ThreadSemaphore(_ThreadView):
 
     def __enter__(self) -> bool:
         """Do what ``acquire()`` does."""
-        return self.acquire()
+        return self._get_nowait(False) or run_in_thread(self._shared.__aenter__())
 
     def __exit__(
         self,
@@ -116,16 +114,25 @@ class ThreadBoundedSemaphore(ThreadSemaphore):
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """See `ThreadSemaphore.acquire`."""
-        if blocking is True and timeout is None and self._get_nowait(False):
+        if blocking is not True or timeout is not None:
+            normalize_timeout(blocking, timeout)
+        if self._get_nowait(False):
             self._held.append(True)
             return True
         return run_in_thread(self._shared.acquire(blocking, timeout))
+
+    def __enter__(self) -> bool:
+        """Do what ``acquire()`` does."""
+        if self._get_nowait(False):
+            self._held.append(True)
+            return True
+        return run_in_thread(self._shared.__aenter__())
 
     def __repr__(self) -> str:
         return _repr(self, self._semaphore, f"value={self._semaphore.value}/{self._bound}")
 
 
-class ThreadBarrier(_ThreadView):
+class ThreadBarrier(NeedsPlainWith):
     """A `Barrier` with the API of `threading.Barrier`. Created by `as_threading`.
 
     All methods may be called from any thread. Only `wait` can block.
@@ -201,100 +208,7 @@ class ThreadBarrier(_ThreadView):
         return _repr(self, self._barrier, state)
 
 
-class ThreadConnectionPool(_ThreadView, Generic[T]):
-    """A `ConnectionPool` whose connections are borrowed by threads. Created by `as_threading`.
-
-    A task opens and closes the pool. The functions of the pool (`connect`, `reset` and so on) are
-    called on the event loop of that task. Threads and tasks wait for connections in one FIFO order.
-    All methods may be called from any thread. Only `acquire` and `connection` can block.
-    """
-
-    __slots__ = ("__weakref__", "_shared")
-
-    def __init__(self, pool: ConnectionPool[T]) -> None:
-        self._shared = pool
-
-    def acquire(self, timeout: float | None = None) -> T:
-        """Borrow a connection, waiting in FIFO order if none is idle. `release` gives it back.
-
-        An exception from a signal handler (Ctrl-C) interrupts the wait, and nothing is borrowed.
-
-        :param timeout: that of `ConnectionPool.acquire`, which documents the other exceptions
-        :raises PoolClosed: also if no connection is idle, and the event loop of the pool has ended
-        :raises RuntimeError: if it would have to wait, and an event loop is running on this thread
-        """
-        return run_in_thread(self._shared._take(timeout, False))
-
-    def acquire_nowait(self) -> T:
-        """Borrow an idle connection. The same as `ConnectionPool.acquire_nowait`.
-
-        :raises anyio.WouldBlock: if no connection is idle
-        :raises PoolClosed: if the pool is not open
-        """
-        return self._shared._grab()
-
-    def release(self, connection: T) -> None:
-        """Give back `connection`. The same as `ConnectionPool.release`. Never blocks.
-
-        :raises ValueError: if `connection` is not borrowed
-        """
-        self._shared.release(connection)
-
-    def discard(self, connection: T) -> None:
-        """Give back `connection` to be closed. The same as `ConnectionPool.discard`. Never blocks.
-
-        :raises ValueError: if `connection` is not borrowed
-        """
-        self._shared.discard(connection)
-
-    def connection(self, timeout: float | None = None) -> ThreadCheckout[T]:
-        """Return a context manager that borrows a connection and gives it back.
-
-        :param timeout: that of `acquire`, which documents the exceptions
-        """
-        return ThreadCheckout(self._shared, timeout)
-
-    def info(self, connection: T) -> ConnectionInfo:
-        """Return what the pool knows about `connection`. The same as `ConnectionPool.info`.
-
-        :raises ValueError: if `connection` does not belong to this pool
-        """
-        return self._shared.info(connection)
-
-    def get_stats(self) -> dict[str, int]:
-        """Return the statistics of the pool. The same as `ConnectionPool.get_stats`."""
-        return self._shared.get_stats()
-
-    def __repr__(self) -> str:
-        return f"<as_threading.ConnectionPool at {id(self):#x}: {self._shared!r}>"
-
-
-class ThreadCheckout(Borrowing[T], _ThreadView):
-    """A connection that is borrowed for the length of a ``with`` block.
-
-    Created by `ThreadConnectionPool.connection`.
-    """
-
-    __slots__ = ()
-
-    def __enter__(self) -> T:
-        """Do what `ThreadConnectionPool.acquire` does.
-
-        :raises RuntimeError: also if a connection was borrowed by this object already
-        """
-        return run_in_thread(self._borrow(self._pool._take(self._timeout, False)))
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Do what `ThreadConnectionPool.release` does, unless the connection was given back."""
-        self._give_back()
-
-
-def _repr(view: _ThreadView, shared: Semaphore | Barrier, state: str) -> str:
+def _repr(view: NeedsPlainWith, shared: Semaphore | Barrier, state: str) -> str:
     # The form that CPython's tests of `threading` expect.
     name = type(view).__name__.removeprefix("Thread")
     return f"<as_threading.{name} at {id(view):#x} of {shared!r}: {state}>"
@@ -308,22 +222,24 @@ def as_threading(shared: Semaphore) -> ThreadSemaphore: ...
 def as_threading(shared: Barrier) -> ThreadBarrier: ...
 @overload
 def as_threading(shared: ConnectionPool[T]) -> ThreadConnectionPool[T]: ...
+@overload
+def as_threading(shared: SupportsThreads[V_co]) -> V_co: ...
 
 
-def as_threading(
-    shared: Semaphore | Barrier | ConnectionPool[Any],
-) -> ThreadSemaphore | ThreadBarrier | ThreadConnectionPool[Any]:
+def as_threading(shared: Any) -> Any:
     """Return a view of `shared` for OS threads, with the API of its namesake in `threading`.
 
     The view holds no state of its own: threads that use it and tasks that await `shared` wait in
     one FIFO order. Any number of views may be created. May be called from anywhere.
 
-    The view of a pool borrows and gives back connections without ``await``. Only tasks of the event
-    loop that opened the pool can resize, drain or close it.
+    The view of a pool borrows and gives back connections without ``await``, and opens and closes
+    the pool by ``with``. Only tasks of the event loop of the pool can resize or drain it.
 
-    :param shared: a `Semaphore`, a `BoundedSemaphore`, a `Barrier` or a `ConnectionPool`
+    :param shared: a `Semaphore`, a `BoundedSemaphore`, a `Barrier` or a `ConnectionPool`; also a
+        semaphore or barrier of `aiosync.redis`
     :return: a `ThreadSemaphore`, `ThreadBoundedSemaphore`, `ThreadBarrier` or
-        `ThreadConnectionPool`
+        `ThreadConnectionPool`; for those of `aiosync.redis`, a `ThreadDistributedSemaphore` or
+        `ThreadDistributedBarrier` of that package
     :raises TypeError: if `shared` is anything else
     """
     if isinstance(shared, BoundedSemaphore):
@@ -332,9 +248,23 @@ def as_threading(
         return ThreadSemaphore(shared)
     if isinstance(shared, Barrier):
         return ThreadBarrier(shared)
-    if isinstance(shared, ConnectionPool):
-        return ThreadConnectionPool(shared)
+    if isinstance(shared, _pools):
+        return _view_of_pool(shared)
+    if hasattr(type(shared), "_threading_view"):
+        return shared._threading_view()
+    if not _pools:
+        _import_pool()
+        return as_threading(shared)
     raise TypeError(
         f"as_threading() takes an aiosync Semaphore, BoundedSemaphore, Barrier or ConnectionPool, "
         f"not {type(shared).__name__}"
     )
+
+
+def _import_pool() -> None:
+    global _pools, _view_of_pool  # noqa: PLW0603  (looked up faster than any attribute)
+    from ._as_threading_pool import ThreadConnectionPool
+    from ._pool import ConnectionPool
+
+    _view_of_pool = ThreadConnectionPool
+    _pools = (ConnectionPool,)  # last: other threads look at it first

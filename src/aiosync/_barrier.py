@@ -30,16 +30,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from inspect import isawaitable
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any, NoReturn, Union
+from typing import TYPE_CHECKING, Any, Union
 
+from ._created import created
 from ._errors import (
     BrokenBarrierError,
+    NeedsAsyncWith,
     NotCopied,
     broken_barrier,
     check_count,
     check_name,
     check_timeout,
-    refuse_with,
 )
 from ._park import (
     checkpoint,
@@ -397,7 +398,7 @@ class BarrierStatistics:
     """Whether `Barrier.wait` raises BrokenBarrierError."""
 
 
-class Barrier(NotCopied):
+class Barrier(NeedsAsyncWith, NotCopied):
     """A reusable point that `parties` tasks and threads all have to reach before any goes on.
 
     One object serves tasks of any number of asyncio and trio event loops, all in one round. It may
@@ -425,7 +426,7 @@ class Barrier(NotCopied):
     :raises ValueError: if `parties` is smaller than 1, or `timeout` is NaN
     """
 
-    __slots__ = ("__weakref__", "_kind", "_rounds", "_timeout")
+    __slots__ = ("__weakref__", "_kind", "_record", "_rounds", "_timeout")
 
     def __init__(
         self,
@@ -441,6 +442,7 @@ class Barrier(NotCopied):
         self._timeout = check_timeout(timeout)
         self._rounds = _Rounds(parties, action, check_name(name))
         self._kind: _Tasks | _Threads = _TASKS
+        created(self)
 
     def _for_threads(self) -> Barrier:
         """Return a barrier with the same state whose `wait` blocks the calling thread."""
@@ -617,13 +619,6 @@ class Barrier(NotCopied):
         traceback: TracebackType | None,
     ) -> None:
         """Do nothing, as in `asyncio.Barrier`."""
-
-    def __enter__(self) -> NoReturn:
-        """Raise TypeError: a task uses ``async with``, a thread calls `as_threading`."""
-        refuse_with(self)
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Do nothing: `__enter__` always raises."""
 
     def __repr__(self) -> str:
         name = "" if self.name is None else f" {self.name!r}"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from datetime import timedelta
 from operator import index
 from typing import Any, Literal, NoReturn, SupportsIndex, TypeAlias
 
 from ._park import AsyncioBrokenBarrierError
 
-BrokenReason: TypeAlias = Literal["aborted", "reset", "timeout", "cancelled", "action"]
+BrokenReason: TypeAlias = Literal["aborted", "reset", "timeout", "cancelled", "action", "lost"]
 
 
 class BrokenBarrierError(threading.BrokenBarrierError, AsyncioBrokenBarrierError):
@@ -25,7 +24,8 @@ class BrokenBarrierError(threading.BrokenBarrierError, AsyncioBrokenBarrierError
 
     "aborted", "reset": a call of `Barrier.abort` or `Barrier.reset`. "timeout": a party waited
     longer than its timeout. "cancelled": a party was cancelled or interrupted while it waited, or
-    had left when the last one arrived. "action": the action raised.
+    had left when the last one arrived. "action": the action raised. "lost", only for a
+    `aiosync.redis.DistributedBarrier`: a process died, or the server lost its state.
     """
 
     arrived: int
@@ -86,6 +86,16 @@ class TooManyRequests(RuntimeError):  # noqa: N818
     """Raised by a `ConnectionPool` when `max_waiting` tasks and threads already wait."""
 
 
+class PoolMisuse(TypeError):  # noqa: N818
+    """Raised to callers of a `ConnectionPool` whose `connect` or `configure` is wrong.
+
+    Waiting would not help, so all waiters get it at once. It is also raised if `limit` is not ready
+    for use, or if other processes use it with other settings. A `connect` or `configure` of your
+    own may raise it too, for a mistake of the program that no other attempt can fix; each waiter
+    then gets an error with the same arguments and ``__cause__``.
+    """
+
+
 class NotCopied:
     """A base class that refuses pickling and copying: a copy would not share the waiters."""
 
@@ -96,6 +106,35 @@ class NotCopied:
             f"cannot pickle or copy {type(self).__name__!r} object: "
             f"tasks and threads have to share the object itself"
         )
+
+
+class NeedsAsyncWith:
+    """A base class that refuses a plain ``with``."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> NoReturn:
+        """Raise TypeError: a task uses ``async with``, a thread ``with as_threading(...)``."""
+        refuse_with(self)
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Do nothing: `__enter__` always raises."""
+
+
+class NeedsPlainWith(NotCopied):
+    """The base class of what threads use: refuses an ``async with``."""
+
+    __slots__ = ()
+
+    async def __aenter__(self) -> NoReturn:
+        """Raise TypeError: a task awaits the shared object itself."""
+        raise TypeError(
+            f"{type(self).__name__} is for threads; a task uses 'async with' on the object "
+            f"that was given to as_threading()"
+        )
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Do nothing: `__aenter__` always raises."""
 
 
 def check_count(name: str, value: SupportsIndex, least: int) -> int:
@@ -146,7 +185,7 @@ def check_timeout(timeout: Any) -> float | None:
 
 
 def _as_float(timeout: Any) -> float:
-    if isinstance(timeout, timedelta):
+    if hasattr(timeout, "total_seconds"):
         raise TypeError(
             "timeout must be a number of seconds or None, not timedelta: "
             "pass timeout.total_seconds()"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
+from ._created import created
 from ._errors import NotCopied, check_count, check_timeout, normalize_timeout
 from ._helper_threads import BarrierParty, EventWatcher, Poller
 from ._park import checkpoint
@@ -22,10 +23,11 @@ _LOCK = type(threading.Lock())  # before Python 3.13, threading.Lock is a functi
 class _TaskView(NotCopied):
     """The base class of the views."""
 
-    __slots__ = ("__weakref__", "_owned")
+    __slots__ = ("__weakref__", "_owned", "_record")
 
     def __init__(self, owned: Any) -> None:
         self._owned = owned
+        created(self)
 
     def __repr__(self) -> str:
         return f"<from_threading {self._owned!r}>"

@@ -12,9 +12,16 @@ themselves; `_LockedDict` does so for OrderedDict.) A *removal is a claim*: if s
 to remove the same thing, one of them succeeds.
 
 1. *No lost wake-up.* Both sides publish first and look second: `join` adds the waiter before it
-   looks at the items. `put` gives its item to a waiter that it sees; if it sees none, it adds the
-   item, and then looks at the waiters again. The side that publishes last sees the other and calls
-   `dispatch`. A dispatcher that puts an item back publishes it, so it looks again too.
+   looks at the items, and `put` adds the item before it looks at the waiters. The side that
+   publishes last sees the other, and gives one free item to the oldest waiter. A dispatcher that
+   puts an item back publishes it, so it looks again too.
+   Giving once for each item that was added is enough. A call is *open* from the moment it publishes
+   until it has given an item, or has seen that there are no waiters or no free items. Let m be the
+   number of waiters or the number of items that are free or held by a dispatcher, whichever is
+   smaller. There are always at least m open calls. Publishing raises m by one at most, and opens a
+   call. Giving lowers m by one, and closes a call. A call that sees no waiters closes while m is 0.
+   A call that sees no free items closes while all items are held by other open calls. So when no
+   call is open, m is 0: there are no waiters, or no free items.
 2. *Conservation.* At any moment an item is in one place: in `items` (or `bulk`), held by one
    dispatcher, given to one waiter, or with the caller.
 3. *One outcome.* A waiter is in `waiters` until it is removed. Only the dispatcher that removed it
@@ -137,16 +144,13 @@ class HandoffQueue(Generic[T]):
 
     @ki_protected
     def put(self, item: T) -> None:
-        """Give `item` to the oldest waiter, or add it to the free items.
+        """Add `item` to the free items, and serve the oldest waiter.
 
         `Semaphore.release` contains a copy of this.
         """
+        self.items.append(item)
         if self.waiters:
-            self.give(item)
-        else:
-            self.items.append(item)
-            if self.waiters:
-                self.dispatch()
+            self.give(None)
 
     @ki_protected
     def put_many(self, item: T, n: int) -> None:
@@ -197,7 +201,9 @@ class HandoffQueue(Generic[T]):
     async def wait(
         self, waiter: Waiter, timeout: float | None, default: D, deadline: float | None = None
     ) -> T | D:
-        """Wait in FIFO order for an item. `Semaphore.acquire` contains a copy of this.
+        """Wait in FIFO order for an item.
+
+        `Semaphore.acquire` and `ConnectionPool._take` contain copies of this.
 
         :param waiter: a new waiter of the calling task or thread
         :param timeout: how many seconds to wait at most; None: no limit
@@ -245,17 +251,22 @@ class HandoffQueue(Generic[T]):
     def dispatch(self) -> None:
         """Give free items to waiters, the oldest first, until either side is empty."""
         while self.waiters and (self.items or self.bulk):
-            try:
-                item: T | None = self.items.pop()
-            except IndexError:
-                item = self._pop_bulk()
-            if item is not None:  # otherwise another dispatcher took it
-                self.give(item)
+            self.give(None)
 
     @ki_protected
-    def give(self, item: T) -> None:
-        """Give `item` to the oldest waiter, or put it back if there is none."""
-        token: object = running_loop()  # inlined: the most common case of `current_token`
+    def give(self, item: T | None) -> None:
+        """Give `item` to the oldest waiter, or put it back if there is none.
+
+        :param item: None: a free item; do nothing if there is none
+        """
+        if item is None:
+            try:
+                item = self.items.pop()
+            except IndexError:
+                item = self._pop_bulk()
+                if item is None:
+                    return  # another dispatcher took it
+        token: Any = running_loop()  # inlined: the most common case of `current_token`
         if token is None or current_task(token) is None:
             token = current_token()
         waiters = self.waiters
@@ -304,3 +315,17 @@ class HandoffQueue(Generic[T]):
                 except (IndexError, ValueError):
                     pass  # another thread removed it
         return None
+
+
+class Mailbox(HandoffQueue[T]):
+    """Items for one reader, first-in first-out."""
+
+    __slots__ = ()
+
+    @ki_protected
+    def post(self, item: T) -> None:
+        """Add `item`, and wake the reader. May be called from anywhere; never blocks."""
+        # `put`, for the other end of the queue.
+        self.items.appendleft(item)
+        if self.waiters:
+            self.give(None)

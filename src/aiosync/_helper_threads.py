@@ -20,8 +20,6 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Union
 
-from anyio import CancelScope
-
 from ._handoff import HandoffQueue
 from ._park import is_abandoned, task_waiter, wait_shielded, wait_with_timeout, wake_all
 
@@ -272,6 +270,8 @@ class BarrierParty:
             start_thread(self._withdraw)
             raise
         except BaseException:
+            from anyio import CancelScope  # late, as in `_park`
+
             with CancelScope(shield=True):
                 await self._wait_withdrawn()
             raise

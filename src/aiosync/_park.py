@@ -20,21 +20,25 @@ from __future__ import annotations
 
 import sys
 import sysconfig
+import threading
+import time
 from _thread import TIMEOUT_MAX, allocate_lock
 from asyncio import (
     AbstractEventLoop,
     BaseEventLoop,
     BrokenBarrierError,
+    CancelledError,
     Future,
     InvalidStateError,
     _get_running_loop,
     get_running_loop,
 )
 from contextvars import copy_context
-from time import monotonic
+from functools import partial
+from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
-from anyio import CancelScope, NoEventLoopError
+from anyio import NoEventLoopError
 
 if TYPE_CHECKING:
     from asyncio import Task as AsyncioTask
@@ -43,21 +47,28 @@ if TYPE_CHECKING:
     from trio.lowlevel import Abort, Task, TrioToken
 
 # Re-exported for the modules above, which do not import asyncio themselves.
-__all__ = ["AsyncioBrokenBarrierError", "InvalidStateError", "current_task", "running_loop"]
+__all__ = [
+    "AsyncioBrokenBarrierError",
+    "CancelledError",
+    "InvalidStateError",
+    "current_task",
+    "running_loop",
+]
 
 T = TypeVar("T")
 
 AsyncioBrokenBarrierError = BrokenBarrierError
 running_loop = _get_running_loop
 
-# Whether this interpreter may run without the GIL, so that one C call is not one atomic step.
-FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+# Whether this interpreter may run without the GIL, so that one C call is not one atomic step. The
+# version is compared first because `get_config_var` has to load a large module.
+FREE_THREADED = sys.version_info >= (3, 13) and bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 if sys.version_info >= (3, 12):
     from asyncio import current_task
 
     _may_run: Callable[[], object] = running_loop
-else:
+else:  # Python 3.11
     # `asyncio.current_task` is written in Python here, and `running_loop` makes a system call.
     from asyncio.tasks import _current_tasks  # type: ignore[attr-defined,unused-ignore]
 
@@ -65,6 +76,16 @@ else:
     # Returns how many event loops, on all threads, are running a task.
     _may_run = _current_tasks.__len__
 
+
+# Whether ``Future()`` is faster than ``Future(loop=loop)``, while an event loop is running.
+_FUTURE_FINDS_LOOP = sys.version_info >= (3, 12)
+
+# The clock behind `time.monotonic`, which tests do not replace. Windows has no other name for it.
+real_clock: Callable[[], float] = time.monotonic
+if hasattr(time, "clock_gettime"):
+    real_clock = partial(
+        time.clock_gettime, getattr(time, "CLOCK_UPTIME_RAW", time.CLOCK_MONOTONIC)
+    )
 
 F = TypeVar("F", bound="Callable[..., object]")
 
@@ -291,18 +312,38 @@ def task_waiter() -> Waiter:
     loop = running_loop()
     if loop is None:
         raise _no_event_loop()
-    return Future(loop=loop)
+    return Future() if _FUTURE_FINDS_LOOP else Future(loop=loop)
 
 
 async def wait_with_timeout(waiter: Waiter, timeout: float) -> Any:
     """Await `waiter` for at most `timeout` seconds; return None on timeout."""
     if not isinstance(waiter, Future):
         return await waiter.wait_with_timeout(timeout)
-    timer = waiter.get_loop().call_later(timeout, _wake, waiter)
+    loop = waiter.get_loop()
+    if _clock_is_replaced(loop):
+        timer: Any = threading.Timer(timeout, wake, [waiter])
+        timer.daemon = True
+        timer.start()
+    else:
+        timer = loop.call_later(timeout, _wake, waiter)
     try:
         return await waiter
     finally:
         timer.cancel()
+
+
+def _clock_is_replaced(loop: AbstractEventLoop) -> bool:
+    """Return whether a test has replaced the clock of `loop`, so that its timers may never run.
+
+    Freezegun and mocks replace `time.monotonic`, and time-machine changes what it returns. A loop
+    with a clock of its own is on virtual time, or written in C.
+    """
+    if type(loop).time is not BaseEventLoop.time:
+        return False
+    if type(time.monotonic) is not BuiltinFunctionType:
+        return True
+    machine: Any = _modules.get("time_machine")
+    return machine is not None and bool(machine.escape_hatch.is_travelling())
 
 
 @ki_protected
@@ -387,6 +428,25 @@ def wake_all(waiters: Iterable[Waiter]) -> None:
             wake(waiter)
 
 
+def run_soon(token: object, function: Callable[[], object]) -> None:
+    """Call `function` on an event loop; do nothing if it is closed. May be called from any thread.
+
+    :param token: what `current_token` has returned in a task of that loop. If that loop is running
+        on this thread, the function is called at once.
+    """
+    if token is current_token():
+        function()
+        return
+    loop: Any = token
+    try:
+        if isinstance(loop, AbstractEventLoop):
+            loop.call_soon_threadsafe(function)
+        else:
+            loop.run_sync_soon(function)
+    except RuntimeError:
+        pass
+
+
 def is_abandoned(waiter: Waiter) -> bool:
     """Return whether the loop of `waiter` is closed; only asyncio can tell without a wake."""
     return isinstance(waiter, Future) and waiter.get_loop().is_closed()
@@ -411,8 +471,23 @@ def loop_clock() -> Callable[[], float]:
     loop = running_loop()
     if loop is None:
         raise _no_event_loop()
-    # `BaseEventLoop.time` only calls `monotonic`.
-    return monotonic if type(loop).time is BaseEventLoop.time else loop.time
+    if _clock_is_replaced(loop):
+        return real_clock
+    # `BaseEventLoop.time` only calls `time.monotonic`.
+    return time.monotonic if type(loop).time is BaseEventLoop.time else loop.time
+
+
+def running_task() -> object:
+    """Return the task of asyncio or trio that is running on this thread, or None."""
+    lowlevel = _running_trio()
+    if lowlevel is not None:
+        try:
+            task: object = lowlevel.current_task()
+        except RuntimeError:  # between two steps
+            return None
+        return task
+    loop = running_loop()
+    return None if loop is None else current_task(loop)
 
 
 def token_getter() -> Callable[[], object]:
@@ -481,6 +556,8 @@ async def wait_shielded(done: Callable[[], bool], waiters: list[Waiter]) -> None
     :param waiters: a waiter is appended to this list before each call of `done`; the code that
         makes `done` true has to wake all waiters in it
     """
+    from anyio import CancelScope  # late: it takes as long to import as half of aiosync
+
     cancellation: BaseException | None = None
     with CancelScope(shield=True):
         while True:

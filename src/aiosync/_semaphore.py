@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from anyio import WouldBlock
 
-from ._errors import NotCopied, check_count, check_name, normalize_timeout, refuse_with
+from ._created import created
+from ._errors import NeedsAsyncWith, NotCopied, check_count, check_name, normalize_timeout
 from ._handoff import HandoffQueue
 from ._park import ThreadWaiter, checkpoint, ki_protected, task_waiter, thread_waiter
 
@@ -47,7 +48,7 @@ class SemaphoreStatistics:
         return self.tasks_waiting + self.threads_waiting
 
 
-class Semaphore(NotCopied):
+class Semaphore(NeedsAsyncWith, NotCopied):
     """A number of permits shared by tasks and threads, with waiters served in FIFO order.
 
     One object serves tasks of any number of asyncio and trio event loops at the same time. It may
@@ -74,6 +75,7 @@ class Semaphore(NotCopied):
         "_name",
         "_new_waiter",
         "_queue",
+        "_record",
         "_slow_path",
         "_waiters",
     )
@@ -84,6 +86,7 @@ class Semaphore(NotCopied):
         queue: HandoffQueue[bool] = HandoffQueue()
         queue.put_many(_PERMIT, _check_permits("value", value, 0))
         self._share(queue, fast_acquire, check_name(name), task_waiter)
+        created(self)
 
     def _share(
         self,
@@ -109,6 +112,10 @@ class Semaphore(NotCopied):
         twin = object.__new__(Semaphore)
         twin._share(self._queue, True, self._name, thread_waiter)
         return twin
+
+    def _nowait(self) -> Callable[[bool], bool]:
+        """Return the function by which a view for threads takes a free permit."""
+        return self._queue.get_nowait
 
     @ki_protected
     async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
@@ -211,12 +218,9 @@ class Semaphore(NotCopied):
         """
         if n is _ONE:
             # Inlined: `HandoffQueue.put`. On the hot path, see docs/performance.md.
+            self._items.append(True)
             if self._waiters:
-                self._queue.give(True)
-            else:
-                self._items.append(True)
-                if self._waiters:
-                    self._queue.dispatch()
+                self._queue.give(None)
         else:
             self._queue.put_many(_PERMIT, _check_permits("n", n, 1))
 
@@ -234,13 +238,6 @@ class Semaphore(NotCopied):
     ) -> None:
         """Do what ``release()`` does; there is nothing to wait for."""
         self.release()
-
-    def __enter__(self) -> NoReturn:
-        """Raise TypeError: a task uses ``async with``, a thread ``with as_threading(...)``."""
-        refuse_with(self)
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Do nothing: `__enter__` always raises."""
 
     def locked(self) -> bool:
         """Return whether `acquire` would have to wait. The same as `asyncio.Semaphore.locked`."""

@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from exhibits import PYTHON, Control, exhibit
-from stage import Fate, Stage, expect
-
 import aiosync
+from museum.exhibits import PYTHON, Control, exhibit
+from museum.stage import Fate, Stage, expect
 
 
 class BarrierLike(Protocol):
@@ -71,7 +70,7 @@ def passed(outcomes: list[Any]) -> list[int]:
 
 @exhibit(
     "asyncio.Barrier",
-    "after a party was cancelled, two others get the same index",
+    "after one party is cancelled, two others get the same index",
     reports="python/cpython#155233",
     seen="CPython 3.11 to 3.13",
     ours=Ours,
@@ -96,7 +95,7 @@ async def index_repeats(stage: Stage, make: Maker) -> None:
 
 @exhibit(
     "asyncio.Barrier",
-    "`reset()` just after the last party came: some pass, some get BrokenBarrierError",
+    "`reset()` just after the last party arrives: some pass, some get BrokenBarrierError",
     seen="CPython 3.11 to 3.13",
     ours=Ours,
     controls=[ASYNCIO],
@@ -112,7 +111,7 @@ async def reset_splits_the_round(stage: Stage, make: Maker) -> None:
 
 @exhibit(
     "asyncio.Barrier",
-    "a party is cancelled, and the others wait for ever",
+    "a party is cancelled, and the others wait forever",
     seen="CPython 3.11 to 3.13",
     ours=Ours,
     controls=[ASYNCIO],
@@ -128,7 +127,7 @@ async def survivors_hang(stage: Stage, make: Maker) -> None:
 
 @exhibit(
     "asyncio.Barrier",
-    "a party runs out of time just before the last one comes: the others pass without it",
+    "a party times out just before the last one arrives: the others pass without it",
     seen="CPython 3.11 to 3.13",
     ours=Ours,
     controls=[ASYNCIO],
@@ -148,7 +147,7 @@ async def timeout_splits_the_round(stage: Stage, make: Maker) -> None:
 
 @exhibit(
     "aiologic.RBarrier",
-    "a party is cancelled when all have come: the barrier is broken for the next round",
+    "a party is cancelled after all have arrived: the next round is broken",
     seen="aiologic 0.17.1",
     ours=Ours,
     controls=[AIOLOGIC],

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Protocol
 
 import anyio
 import pytest
-from exhibits import PYTHON, Control, exhibit
-from helpers import PATIENCE, Aim, InThread, until, until_async, wait_for_moment
-from stage import expect
+from support.helpers import PATIENCE, Aim, InThread, until, until_async, wait_for_moment
 
 import aiosync
+from museum.exhibits import PYTHON, Control, exhibit
+from museum.stage import expect
 
 
 class Shared(Protocol):
@@ -95,8 +95,8 @@ class ByFuture:
 
 
 @exhibit(
-    "run_coroutine_threadsafe(acquire()).result(timeout)",
-    "a thread gives up while it is given a permit: that belongs to nobody",
+    "`run_coroutine_threadsafe(acquire()).result(timeout)`",
+    "a thread times out while it is given a permit: the permit is lost",
     reports="ls1intum/edutelligence#858",
     seen="CPython 3.11 to 3.13",
     ours=OurShared,
@@ -161,8 +161,8 @@ class ByWorkerThread:
 
 
 @exhibit(
-    "to_thread(semaphore.acquire)",
-    "a task gives up, its thread waits on and eats a permit that is released later",
+    "`to_thread(semaphore.acquire)`",
+    "a task is cancelled, but its thread goes on waiting and takes a later permit",
     reports="dabeaz/curio#153 tox-dev/filelock#640",
     seen="CPython 3.11 to 3.13",
     ours=OurBorrowed,
@@ -212,7 +212,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 @exhibit(
     "threading.Barrier",
-    "a signal handler raises in a party that waits (Ctrl-C): the others wait for ever",
+    "a signal handler raises in a waiting party (Ctrl-C): the others wait forever",
     seen="CPython 3.11 to 3.13",
     ours=our_view,
     controls=[Control("threading.Barrier", threading.Barrier, PYTHON)],

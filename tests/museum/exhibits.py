@@ -1,7 +1,7 @@
 """The catalogue of the museum: bugs that others have, or had, each with a scenario that shows it.
 
-What must live here: what an exhibit is, and the list of all; from it the table in the README is
-made. The exhibits stand in the halls.
+What must live here: what an exhibit is, and the list of all; from it the table in
+docs/bugs-of-others.md is made. The exhibits stand in the halls.
 
 A scenario is written once, over what a *maker* returns, and raises `Symptom` if it finds the bug.
 It is played with a maker of ours, and must find nothing. To show that it would find something it is
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from stage import LOOPS, Stage, perform
+from museum.stage import LOOPS, Stage, perform
 
-HALLS = ("barriers", "semaphores", "bridges", "pools")
+HALLS = ("museum.barriers", "museum.semaphores", "museum.bridges", "museum.pools")
 PYTHON = "python"
 
 

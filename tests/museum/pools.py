@@ -14,11 +14,11 @@ from functools import partial
 from typing import Protocol
 
 import anyio
-import pools_of_others as others
-from exhibits import Control, exhibit
-from stage import Fate, Stage, expect
 
 import aiosync
+from museum import pools_of_others as others
+from museum.exhibits import Control, exhibit
+from museum.stage import Fate, Stage, expect
 
 
 class Connection:
@@ -133,7 +133,7 @@ SMALL = rebuilt(others.SmallPool)
 
 @exhibit(
     "asyncpg, psycopg, httpcore",
-    "who waits for a new connection is cancelled: the slot is lost",
+    "a caller is cancelled while its connection is made: the slot is lost",
     reports="MagicStack/asyncpg#467 psycopg/psycopg#509 encode/httpcore#1093",
     seen="coredis 6.9.0",
     ours=ours,
@@ -154,7 +154,7 @@ async def lost_at_connect(stage: Stage, make: Maker) -> None:
 
 @exhibit(
     "psycopg",
-    "who waits is cancelled while its connection is checked: the slot is lost",
+    "a caller is cancelled while its connection is checked: the slot is lost",
     reports="psycopg/psycopg#1208",
     ours=ours,
     controls=[rebuilt(others.ForgetsTheCancelled), PSYCOPG, ASYNCPG],
@@ -176,7 +176,7 @@ async def lost_at_check(stage: Stage, make: Maker) -> None:
 
 @exhibit(
     "asyncpg, redis-py",
-    "who gives back, and who waits, are cancelled during the reset: the slot is lost",
+    "the borrower and a waiter are cancelled during the reset: the slot is lost",
     reports="MagicStack/asyncpg#97 redis/redis-py#4121",
     ours=ours,
     controls=[rebuilt(others.ResetsUnshielded), ASYNCPG, PSYCOPG, SQLALCHEMY],
@@ -203,7 +203,7 @@ MOMENTS = range(12)
 
 @exhibit(
     "asyncpg, psycopg",
-    "who waits is cancelled as the connection is delivered: the slot is lost",
+    "a waiter is cancelled as it is given a connection: the slot is lost",
     reports="MagicStack/asyncpg#547 MagicStack/asyncpg#955 psycopg/psycopg#509",
     ours=ours,
     controls=[rebuilt(others.DeliversBlindly), *ALL],
@@ -244,7 +244,7 @@ async def lost_with_the_dead(stage: Stage, make: Maker) -> None:
 
 @exhibit(
     "asyncpg",
-    "who comes as a connection is given back gets it, and who has waited starts anew",
+    "a newcomer takes a connection that is given back, and the waiter goes on waiting",
     reports="MagicStack/asyncpg#1247",
     seen="asyncpg 0.32.0, redis-py 8.1.0, SQLAlchemy 2.1.9",
     ours=ours,
@@ -273,7 +273,7 @@ async def _visit(pool: PoolLike, order: list[str], name: str) -> None:
 
 @exhibit(
     "psycopg",
-    "who is cancelled while its connection is checked, or delivered, gets it all the same",
+    "a caller is cancelled as its connection is checked or handed over: it never notices",
     reports="psycopg/psycopg#1401 psycopg/psycopg#1345",
     seen="psycopg_pool 3.3.3 on CPython 3.11",
     ours=ours,
@@ -328,7 +328,7 @@ async def never_recovers(stage: Stage, make: Maker) -> None:
 
 @exhibit(
     "psycopg",
-    "a connection that has expired while it was idle is lent",
+    "a connection that expired while it was idle is lent",
     reports="psycopg/psycopg#584 psycopg/psycopg#849",
     seen="psycopg_pool 3.3.3",
     ours=ours,

@@ -14,7 +14,7 @@ from unittest import mock
 import anyio
 
 if TYPE_CHECKING:
-    from pools import Connection, PoolLike, Server
+    from museum.pools import Connection, PoolLike, Server
 
 
 class _Lender:
@@ -182,7 +182,7 @@ async def of_redis(server: Server, *, lifetime: float = math.inf) -> AsyncIterat
 
         async def re_auth(self) -> None: ...
 
-    pool: Any = BlockingConnectionPool(max_connections=1, timeout=600, connection_class=Stub)  # type: ignore[type-var,unused-ignore]
+    pool: Any = BlockingConnectionPool(max_connections=1, timeout=600, connection_class=Stub)  # type: ignore[type-var,arg-type,unused-ignore]
     try:
         yield _Lender(pool.get_connection, pool.release, lambda stub: stub.ours)
     finally:
@@ -251,7 +251,7 @@ async def of_coredis(server: Server, *, lifetime: float = math.inf) -> AsyncIter
 
     failure: list[Exception] = []  # its task group would wrap it
     async with ConnectionPool(
-        connection_class=Stub,  # type: ignore[type-var,unused-ignore]
+        connection_class=Stub,  # type: ignore[type-var,arg-type,unused-ignore]
         location=TCPLocation("nowhere", 1),
         max_connections=1,
         timeout=600,

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import anyio
-from exhibits import PYTHON, Control, exhibit
-from stage import Fate, Stage, Symptom, expect
 
 import aiosync
+from museum.exhibits import PYTHON, Control, exhibit
+from museum.stage import Fate, Stage, Symptom, expect
 
 
 class SemaphoreLike(Protocol):
@@ -271,7 +271,7 @@ OLD_LIMITER = Control("the old limiter of anyio", old_limiter)
 
 @exhibit(
     "anyio.CapacityLimiter, anyio.Condition",
-    "a waiter is cancelled just after its turn came: nobody ever gets its token",
+    "a waiter is cancelled just after it is given a token: the token is lost",
     reports="agronholm/anyio#947 agronholm/anyio#1075",
     ours=Ours,
     controls=[OLD_LIMITER, LIMITER, CONDITION, ANYIO, ASYNCIO],
@@ -291,7 +291,7 @@ async def token_is_lost(stage: Stage, make: Maker) -> None:
 
 @exhibit(
     "anyio.CapacityLimiter, anyio.Semaphore",
-    "a newcomer takes a token that was promised to a waiter: more are lent than there are",
+    "a newcomer takes a token that belongs to a waiter: more are lent than exist",
     reports="agronholm/anyio#1170 agronholm/anyio#253",
     ours=Ours,
     controls=[OLD_LIMITER, LIMITER, ANYIO],
@@ -310,7 +310,7 @@ async def oversubscribed(stage: Stage, make: Maker) -> None:
 
 @exhibit(
     "anyio.Lock, anyio.Semaphore",
-    "the only waiter is cancelled, then comes a release: who acquires in that step hangs",
+    "the only waiter is cancelled, then a release: a task that acquires in that step hangs",
     reports="agronholm/anyio#1145",
     ours=Ours,
     controls=[Control("the old semaphore of anyio", SkippingSemaphore), ANYIO],
@@ -353,7 +353,7 @@ async def fresh_acquire_hangs(stage: Stage, make: Maker) -> None:
 
 @exhibit(
     "anyio.Semaphore",
-    "made where no event loop runs, it works under that kind only that uses it first",
+    "created outside an event loop, it works only under the library that uses it first",
     seen="anyio 4.16.0",
     ours=Ours,
     controls=[ANYIO],

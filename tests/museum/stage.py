@@ -22,7 +22,7 @@ from typing import Any
 import anyio
 import trio
 import trio.testing
-from virtual_time import JumpingSelector, VirtualLoop
+from support.virtual_time import JumpingSelector, VirtualLoop
 
 # In virtual seconds: who waits for so long, waits in vain.
 FOR_EVER = 1e5

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pools
 import pytest
-from exhibits import Control, Exhibit, all_exhibits, table
-from stage import Symptom
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-BEGIN, END = "<!-- museum -->\n", "<!-- /museum -->"
+from museum import pools
+from museum.exhibits import Control, Exhibit, all_exhibits
+from museum.stage import Symptom
+
 EXHIBITS = all_exhibits()
 
 # What the projects themselves warn of is not our concern.
@@ -84,10 +82,3 @@ def test_whether_the_project_has_it(shown: Exhibit, control: Control) -> None:
     except Exception as error:
         pytest.skip(f"{control} has become another: {error!r}")
     print(f"{control} does not have it, or no longer")
-
-
-def test_the_readme_lists_all_exhibits() -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
-    _, _, rest = readme.partition(BEGIN)
-    listed, _, _ = rest.partition(END)
-    assert listed.strip() == table().strip(), f"README.md needs {BEGIN}{table()}{END}"

@@ -1,15 +1,48 @@
-"""ConnectionPool: a `HandoffQueue` of connections, and the life of a connection.
+"""ConnectionPool: an inventory of connections, and the task that keeps it in order.
 
-_records   one connection: what the pool knows of it
-_idle      the queue in which idle connections and those who wait for one meet
-_ledger    what it counts, and whom it tells
-_keeper    the background: opens, checks, resets, closes, keeps the size
-_borrowing what borrows for the length of a block
-_face      what a user sees
+_events       what users are told: events, statistics, facts about a connection
+_limit        what the option `limit` takes
+_entry        one connection, and its explicit state
+_options      all options, each declared once
+_backoff      pure: when to connect again after a failure
+_policy       pure: what to open, check, replace and close, and when to look again
+_inventory    all connections, and the queue in which idle ones and waiters meet
+_statistics   counters and histograms
+_hooks        runs the user's functions, and the pool's background tasks
+_core         what the following five share
+_closing      the end of a connection
+_validation   reset and check, between two borrowers
+_admission    a permit of `limit` before each connect
+_connecting   connect and configure, and what a failure means
+_maintenance  the task that carries plans out, and the shutdown
+_checkout     a connection that is borrowed for the length of a block
+_pool         ConnectionPool: the public API, and the hot path
+
+Each imports only from those above it.
 """
 
-from ._borrowing import Borrowing, Checkout
-from ._face import ConnectionPool
-from ._records import ConnectionInfo, PoolEvent
+from ._checkout import Checkout, Loan
+from ._events import ConnectionInfo, Histogram, PoolEvent, PoolStatistics
+from ._limit import ConnectionLimit, ConnectionPermit
+from ._options import CommonOptions, PoolOptions
+from ._pool import ConnectionPool, open_pools
 
-__all__ = ["Borrowing", "Checkout", "ConnectionInfo", "ConnectionPool", "PoolEvent"]
+__all__ = [
+    "Checkout",
+    "CommonOptions",
+    "ConnectionInfo",
+    "ConnectionLimit",
+    "ConnectionPermit",
+    "ConnectionPool",
+    "Histogram",
+    "Loan",
+    "PoolEvent",
+    "PoolOptions",
+    "PoolStatistics",
+    "open_pools",
+]
+
+# As in `aiosync`, which imports this package late.
+for _name in __all__:
+    if _name not in {"CommonOptions", "Loan"}:
+        globals()[_name].__module__ = "aiosync"

@@ -1,0 +1,286 @@
+"""The beginning of a connection: connect and configure, and what a failure means.
+
+On the event loop of the pool. An attempt has a deadline and is shielded from cancellation.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Generic, TypeVar
+from weakref import ref
+
+from anyio import CancelScope, Event, current_time
+
+from .._errors import PoolMisuse
+from .._scopes import abandon_scopes, innermost_scope
+from ._admission import Admission
+from ._core import copied
+from ._entry import FOREVER, Failure, PoolEntry, State
+from ._hooks import context_of
+from ._statistics import describe, log
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from ._closing import Closing
+    from ._core import Core
+    from ._validation import Validation
+
+T = TypeVar("T")
+
+_chance = random.Random()  # noqa: S311  (not for secrets)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_chance.seed)  # otherwise all children do the same
+
+# Each connection lives up to this much shorter than `max_lifetime`, so that not all are replaced at
+# the same time.
+_LIFETIME_JITTER = 0.025
+
+
+# What a context manager takes too long to do, by whether its connection is ready.
+_VERBS = {False: "enter", True: "leave"}
+
+
+class Connecting(Generic[T]):
+    """Opens connections."""
+
+    def __init__(self, core: Core[T], closing: Closing[T], validation: Validation[T]) -> None:
+        self._core = core
+        self._closing = closing
+        self._validation = validation
+        # Of the attempts that are running.
+        self._scopes: set[CancelScope] = set()
+        self.admission = Admission(core)
+
+    def connect(self, replaces: PoolEntry[T] | None = None) -> None:
+        """Begin to open a connection.
+
+        :param replaces: the one that it is to replace, in excess of `max_size`
+        """
+        attempt: PoolEntry[T] = PoolEntry(
+            self._core.clock(), self._core.backoff.failures, self._core.generation, replaces
+        )
+        self._core.attempts.append(attempt)
+        connect = self._connect_context if self._core.options.context else self._connect
+        if self._core.options.limit is None:
+            self._core.tasks.start(connect, attempt)
+        else:
+            self.admission.join(attempt)
+            self._core.tasks.start(self._admit, connect, attempt)
+
+    def _give_up(self, attempt: PoolEntry[T]) -> None:
+        self.admission.leave(attempt)
+        self._core.forget_attempt(attempt)
+        self._core.wake()
+
+    async def _admit(
+        self, connect: Callable[[PoolEntry[T]], Awaitable[None]], entry: PoolEntry[T]
+    ) -> None:
+        """Connect, if there is a permit of `limit`."""
+        try:
+            is_admitted = await self.admission.admit(entry)
+        except Exception as error:
+            if entry.state is State.CONNECTING:  # otherwise it was stopped
+                self._ended(entry, False, entry.since, error)
+        except BaseException:
+            self._give_up(entry)
+            raise
+        else:
+            if is_admitted:
+                await connect(entry)
+            else:
+                self._give_up(entry)
+
+    def cancel(self) -> None:
+        """End all attempts."""
+        self.admission.cancel()
+        for scope in self._scopes:
+            scope.cancel()
+
+    async def _connect(self, entry: PoolEntry[T]) -> None:
+        began = entry.since
+        error: BaseException | None = None
+        ready = False
+        scope = self._new_scope()
+        try:
+            with scope:
+                self._scopes.add(scope)
+                try:
+                    if self._core.stopping:
+                        return
+                    connection = await self._call_connect()
+                    self._adopt(entry, connection)
+                    await self._configure(connection)
+                    ready = True
+                finally:
+                    self._scopes.discard(scope)
+            if scope.cancelled_caught and current_time() >= scope.deadline:
+                error = TimeoutError()
+        except Exception as caught:
+            # To leave our scope inside of one that is still open fails, too.
+            misuse = caught.__context__
+            error = misuse if isinstance(misuse, PoolMisuse) else caught
+        except BaseException as caught:
+            error = ConnectionError(f"connect() or configure() was ended by {caught!r}")
+            raise
+        finally:
+            self._ended(entry, ready, began, error)
+            del error  # break the reference cycle through the traceback
+
+    async def _connect_context(self, entry: PoolEntry[T]) -> None:
+        """Do what `_connect` does, and stay inside of the context manager until it is closed."""
+        began = entry.since
+        ready = False
+        error: BaseException | None = None
+        leave = Event()
+        options = self._core.options
+        # One scope for the whole life, since the scopes inside of it have to be left before it.
+        scope = self._new_scope()
+        try:
+            with scope:
+                self._scopes.add(scope)
+                if self._core.stopping:
+                    return
+                async with await context_of(self._core.tasks.begin(options.connect)) as connection:
+                    self._adopt(entry, connection)
+                    await self._configure(connection)
+                    self._scopes.discard(scope)
+                    scope.deadline = FOREVER
+                    ready = True
+                    entry.leave = leave.set
+                    self._ended(entry, ready, began, None)
+                    await leave.wait()
+                    scope.deadline = current_time() + options.time_to_close
+            if scope.cancelled_caught:
+                error = TimeoutError(f"the context manager took too long to {_VERBS[ready]}")
+        except Exception as caught:
+            error = caught
+        except BaseException as caught:
+            error = ConnectionError(f"the task of a connection was ended by {caught!r}")
+            raise
+        finally:
+            self._scopes.discard(scope)
+            if ready:
+                self._closing.context_left(entry, error)
+            else:
+                self._ended(entry, ready, began, error)
+            del error  # break the reference cycle through the traceback
+
+    def _new_scope(self) -> CancelScope:
+        """Return the scope of an attempt.
+
+        It is not `fail_after`: on CPython 3.13, the frames of its context managers and the
+        traceback of a cancellation keep one another alive, and a half-made connection with them.
+        """
+        return CancelScope(
+            deadline=current_time() + self._core.options.connect_timeout, shield=True
+        )
+
+    async def _configure(self, connection: T) -> None:
+        if self._core.options.configure is not None:
+            await self._core.tasks.call(self._core.options.configure, connection)
+
+    async def _call_connect(self) -> T:
+        """Call `connect`.
+
+        :raises PoolMisuse: if it has entered a cancel scope and not left it
+        """
+        outside = innermost_scope()
+        connection: T = await self._core.tasks.call(self._core.options.connect)
+        if innermost_scope() is not outside:
+            await self._core.tasks.call(self._core.options.close, connection)
+            if innermost_scope() is not outside:
+                abandon_scopes()
+            raise PoolMisuse(
+                "connect() of the pool entered a task group or cancel scope and did not leave it; "
+                "return an async context manager, and give the pool context=True"
+            )
+        return connection
+
+    def _ended(
+        self, entry: PoolEntry[T], ready: bool, began: float, error: BaseException | None
+    ) -> None:
+        """Take note of the end of an attempt."""
+        # Before any hook is called: a hook that raises must not prevent these.
+        self._core.wake()
+        self._core.statistics.count("connects")
+        if entry.state is State.CONNECTING:
+            self._core.forget_attempt(entry)
+        else:
+            self._connected(entry, ready, began, error)
+        if error is not None:
+            self._failed(entry, began, error)
+
+    def _adopt(self, entry: PoolEntry[T], connection: T) -> None:
+        if connection is None:
+            raise PoolMisuse("connect() of the pool returned None; it must return a connection")
+        if isinstance(connection, (_AsyncGeneratorContextManager, _GeneratorContextManager)):
+            raise PoolMisuse(
+                "connect() of the pool returned a context manager that was not entered; "
+                "if it is an async one, give the pool context=True"
+            )
+        entries = self._core.inventory.entries
+        known = entries.get(id(connection))
+        if known is not None:
+            if known.alive() is connection:
+                raise PoolMisuse(
+                    "connect() of the pool returned a connection that the pool has already; "
+                    "it must make a new one each time"
+                )
+            self._closing.lost(known)  # it was collected, and the new one has its address
+        now = self._core.clock()
+        entry.connection = entry.kept = connection
+        entry.key = id(connection)
+        entry.number = self._core.statistics.number()
+        entry.created = now
+        lifetime = self._core.options.max_lifetime * (1 - _LIFETIME_JITTER * _chance.random())
+        # Not later than now if its permit was lost meanwhile.
+        entry.expires = min(entry.expires, now + lifetime)
+        with suppress(TypeError):  # it can't be weakly referenced
+            entry.ref = ref(connection, partial(self._closing.collected, entry))
+            entry.kept = None
+        self._core.attempts.remove(entry)
+        entry.enter(State.CONFIGURING, now)
+        entries[entry.key] = entry
+
+    def _connected(
+        self, entry: PoolEntry[T], ready: bool, began: float, error: BaseException | None
+    ) -> None:
+        if not ready:
+            self._closing.discard(entry, "configure", error)
+            return
+        now = self._core.clock()
+        self._core.connect_time = now - began
+        self._core.statistics.observe_connect(self._core.connect_time)
+        if entry.generation != self._core.generation:
+            entry.retire("drain")
+        if entry.replaces is None:
+            self._validation.make_available(entry, "connect")
+        else:
+            entry.enter(State.STANDBY, now)
+        self._core.last_error = None
+        if self._core.backoff.succeeded(now):
+            log.info("%s: connected again", self._core.name)
+            self._core.emit("recovered")
+        self._core.emit("connected", entry, seconds=self._core.connect_time)
+
+    def _failed(self, entry: PoolEntry[T], began: float, error: BaseException) -> None:
+        self._core.statistics.count("connect_errors")
+        if entry.replaces is not None:  # perhaps the backend allows no more than `max_size`
+            self._core.emit("connect_failed", error=error)
+            return
+        self._core.last_error = error
+        now = self._core.clock()
+        begins = self._core.backoff.failed(entry.failures, began, now, _chance.random())
+        if isinstance(error, PoolMisuse):
+            # Not `connect_failure`: another attempt may succeed before they run.
+            self._core.inventory.fail(Failure(partial(copied, error)))
+        elif self._core.cannot_connect():
+            self._core.inventory.fail(self._core.connect_failure)
+        self._core.emit("connect_failed", error=error)
+        if begins:
+            log.warning("%s: cannot connect: %s", self._core.name, describe(error))
+            self._core.emit("outage", error=error)

@@ -1,0 +1,289 @@
+"""The policy of a pool: pure functions of a snapshot and the time. They neither act nor wait."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from ._backoff import Backoff
+from ._entry import FOREVER, State
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ._entry import PoolEntry
+    from ._events import CloseReason
+
+# The shortest time between two looks for idle connections and leaks, in seconds.
+_GRAIN = 0.05
+# How long waiters rely on a connection that is being reset or checked, in seconds. After that it
+# may hang: another one is checked, or opened.
+SOON = 0.1
+# How long a reset that was cancelled may go on, in seconds.
+GRACE = 0.1
+# A replacement is started at least this part of the time before the old connection has to go.
+_MARGIN = 0.025
+# These may become idle at any moment, without a word to maintenance.
+_ACTIVE = (State.IN_USE, State.RETURNING, State.VALIDATING)
+
+_idle_since = attrgetter("idle_since")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The options that decide what is to be done; see `ConnectionPool`."""
+
+    min_size: int = 0
+    max_size: int = 10
+    max_idle: float = FOREVER
+    keepalive: float = FOREVER
+    overlap: bool = True
+    lifo: bool = True
+    check_timeout: float = FOREVER
+    max_connecting: float = FOREVER
+    leak_timeout: float = FOREVER
+
+
+@dataclass
+class Snapshot:
+    """The situation of a pool."""
+
+    limits: Limits
+    # All connections that are not closed, and the attempts to connect, oldest first.
+    entries: Sequence[PoolEntry[Any]] = ()
+    attempts: Sequence[PoolEntry[Any]] = ()
+    # How many callers wait; at least 1 if somebody was turned away who would have liked one.
+    waiting: int = 0
+    backoff: Backoff = field(default_factory=Backoff)
+    # How long it takes to connect, in seconds.
+    connect_time: float = 0.0
+    # The idle ones that are on their way to a waiter.
+    granted: Sequence[PoolEntry[Any]] = ()
+
+    @property
+    def size(self) -> int:
+        return len(self.entries) + len(self.attempts)
+
+
+@dataclass
+class Plan:
+    """What is to be done, and when to look again."""
+
+    # How many connections to open, and the connections that need a replacement soon.
+    open: int = 0
+    replace: list[PoolEntry[Any]] = field(default_factory=list)
+    # The connections to close, each with the reason. One that is borrowed before it is closed is
+    # closed when it comes back, unless the reason is "idle".
+    close: list[tuple[PoolEntry[Any], CloseReason]] = field(default_factory=list)
+    check: list[PoolEntry[Any]] = field(default_factory=list)
+    # The replacements to make available.
+    admit: list[PoolEntry[Any]] = field(default_factory=list)
+    # The connections whose reset takes too long, and those that are borrowed for too long.
+    overdue: list[PoolEntry[Any]] = field(default_factory=list)
+    leaked: list[PoolEntry[Any]] = field(default_factory=list)
+    # Whether one more may be opened than are open or planned.
+    has_capacity: bool = False
+    # When to look again, if nothing happens before.
+    look_at: float = FOREVER
+
+    def look(self, at: float) -> None:
+        self.look_at = min(self.look_at, at)
+
+
+def plan(s: Snapshot, now: float) -> Plan:
+    """Decide what to do with the connections of a pool."""
+    p = Plan()
+    _evict(s, p, now)
+    _shrink(s, p, now)
+    _replace(s, p, now)
+    _validate(s, p, now)
+    _supervise(s, p, now)
+    _open(s, p, now)
+    return p
+
+
+def _in(s: Snapshot, *states: State) -> list[PoolEntry[Any]]:
+    return [entry for entry in s.entries if entry.state in states]
+
+
+def _evict(s: Snapshot, p: Plan, now: float) -> None:
+    """Close what is too old, or idle for too long."""
+    for entry in sorted(_in(s, State.IDLE), key=_idle_since):
+        if entry.expires <= now:
+            p.close.append((entry, entry.retired))
+        elif entry.evict_at(s.limits.max_idle) <= now:
+            p.close.append((entry, "idle"))
+        else:
+            p.look(entry.evict_at(s.limits.max_idle))
+    if _in(s, *_ACTIVE) and s.limits.max_idle < FOREVER:
+        # One may become idle at once. Its replacement is to be opened in time; see `_to_renew`.
+        p.look(now + max(s.limits.max_idle - _margin(s, s.limits.max_idle), _GRAIN))
+    for entry in _in(s, *_ACTIVE):
+        if entry.expires > now:
+            p.look(entry.expires)
+
+
+def _lendable(s: Snapshot, p: Plan, now: float) -> list[PoolEntry[Any]]:
+    """Return those that stay: the idle ones first, oldest first."""
+    closing = {id(entry) for entry, _ in p.close}
+    idle = sorted(_in(s, State.IDLE), key=_idle_since)
+    active = [entry for entry in _in(s, *_ACTIVE) if entry.expires > now]
+    return [entry for entry in (*idle, *active) if id(entry) not in closing]
+
+
+def _shrink(s: Snapshot, p: Plan, now: float) -> None:
+    """Close what is more than `max_size`: the oldest idle ones first."""
+    lendable = _lendable(s, p, now)
+    coming = len(_in(s, State.CONFIGURING)) + len(s.attempts)
+    coming -= sum(entry.replaces is not None for entry in _coming(s))
+    surplus = len(lendable) + coming - s.limits.max_size
+    for entry in lendable[: max(0, surplus)]:
+        p.close.append((entry, "resize"))
+
+
+def _coming(s: Snapshot) -> list[PoolEntry[Any]]:
+    return [*s.attempts, *_in(s, State.CONFIGURING)]
+
+
+def _replace(s: Snapshot, p: Plan, now: float) -> None:
+    """Let a replacement take the place of the connection that it was opened for."""
+    lendable = _lendable(s, p, now)
+    lent = len(lendable) + sum(entry.expires <= now for entry in _in(s, *_ACTIVE))
+    for entry in _in(s, State.STANDBY):
+        old = entry.replaces
+        if old in lendable:
+            by_age = old.evict_at(s.limits.max_idle) == old.expires or old.state is not State.IDLE
+            p.close.append((old, "lifetime" if by_age else "idle"))
+        if lent < s.limits.max_size:
+            p.admit.append(entry)
+            lent += 1
+        elif old is None or old.state not in (State.IDLE, *_ACTIVE):
+            p.close.append((entry, "resize"))  # its place was taken away meanwhile
+
+
+def _soon(s: Snapshot, p: Plan, now: float) -> int:
+    """Return how many connections will probably be available in a moment."""
+    working = _in(s, State.RETURNING, State.VALIDATING)
+    since = [entry.since for entry in working if now < entry.since + SOON]
+    if s.waiting:
+        for begin in since:
+            p.look(begin + SOON)
+    return len(since)
+
+
+def _validate(s: Snapshot, p: Plan, now: float) -> None:
+    """Check stale connections that somebody waits for, and those that need a keepalive."""
+    wanted = s.waiting - _soon(s, p, now)
+    idle = sorted(_in(s, State.IDLE), key=_idle_since, reverse=s.limits.lifo)
+    closing = {id(entry) for entry, _ in p.close}
+    for entry in idle:
+        if id(entry) in closing or entry in s.granted:
+            continue
+        due = max(entry.idle_since, entry.keepalive_from) + s.limits.keepalive
+        if wanted > 0 and (entry.fresh_until <= now or entry.is_suspect):
+            p.check.append(entry)
+            p.look(now + SOON)  # if it hangs, another one is needed
+            wanted -= 1
+        elif due <= now:
+            p.check.append(entry)
+        else:
+            p.look(due)
+    if s.granted or _in(s, *_ACTIVE):
+        p.look(now + s.limits.keepalive)
+
+
+def reset_end(entry: PoolEntry[Any], check_timeout: float) -> float:
+    """Return until when the borrower of an entry may reset it."""
+    is_cancelled = entry.grace_until != FOREVER
+    return entry.grace_until if is_cancelled else entry.since + check_timeout
+
+
+def _supervise(s: Snapshot, p: Plan, now: float) -> None:
+    """Find those that a borrower has for too long, or resets for too long."""
+    for entry in s.entries:
+        if entry.state is State.RETURNING:
+            end = reset_end(entry, s.limits.check_timeout)
+            if end <= now:
+                p.overdue.append(entry)
+                p.look(now + GRACE)
+            else:
+                p.look(end)
+        elif entry.state is State.IN_USE and not entry.reported:
+            if entry.taken + s.limits.leak_timeout <= now:
+                p.leaked.append(entry)
+            else:
+                p.look(entry.taken + s.limits.leak_timeout)
+    if s.entries:
+        p.look(now + max(s.limits.leak_timeout, _GRAIN))  # an idle one may be borrowed meanwhile
+
+
+def _open(s: Snapshot, p: Plan, now: float) -> None:
+    """Open as many as are missing, and those that replace others in time."""
+    renew = _to_renew(s, p, now)
+    room = s.limits.max_size - s.size
+    connecting = _coming(s)
+    missing = s.waiting - len(connecting) - _soon(s, p, now) - len(p.check)
+    number = max(s.limits.min_size - s.size, missing, 0)
+    under_way = sum(entry.failures == s.backoff.failures for entry in connecting)
+    limit = s.backoff.limit(under_way, now)
+    if s.backoff.failures and not under_way:
+        # One attempt goes on even if nobody waits; otherwise the outage would never be over.
+        number = max(number, 1)
+    limit = min(limit, s.limits.max_connecting - len(connecting))
+    p.open = max(0, int(min(number, room, limit)))
+    for entry in renew:
+        if s.backoff.failures or p.open + len(p.replace) >= limit:
+            break
+        extra = 1 if s.limits.overlap and not _replacements(s) else 0
+        if p.open + len(p.replace) >= room + extra:
+            break
+        p.replace.append(entry)
+    p.has_capacity = p.open + len(p.replace) < room
+    if p.has_capacity and not under_way + p.open and s.backoff.next_attempt > now:
+        p.look(s.backoff.next_attempt)
+
+
+def surplus(s: Snapshot) -> int:
+    """Return how many attempts to connect are not needed, if they can still be stopped.
+
+    What `_open` opens is none of them; otherwise it would be stopped and opened for ever.
+    """
+    present = len(s.entries) - len(_in(s, State.CONFIGURING))
+    needed = max(s.waiting, s.limits.min_size - present, bool(s.backoff.failures))
+    coming = sum(entry.failures == s.backoff.failures for entry in _coming(s))
+    all_but_closing = (
+        entry for entry in (*s.entries, *s.attempts) if entry.state is not State.CLOSING
+    )
+    size = sum(entry.replaces is None for entry in all_but_closing)
+    return max(coming - needed, size - s.limits.max_size, 0)
+
+
+def _replacements(s: Snapshot) -> list[PoolEntry[Any]]:
+    return [entry for entry in (*s.attempts, *s.entries) if entry.replaces is not None]
+
+
+def _to_renew(s: Snapshot, p: Plan, now: float) -> list[PoolEntry[Any]]:
+    """Return those that will have to go soon and are needed, the most urgent first."""
+    due = []
+    spare = 0 if s.waiting else len(_lendable(s, p, now)) - s.limits.min_size
+    for entry in _lendable(s, p, now):
+        is_spare = entry.state is State.IDLE and spare > 0
+        spare -= is_spare
+        ends = entry.evict_at(s.limits.max_idle) if entry.state is State.IDLE else entry.expires
+        if entry.renewed or ends == FOREVER or ends <= now:  # a thread may just have retired it
+            continue
+        began = entry.created if ends == entry.expires else entry.idle_since
+        begin = ends - _margin(s, ends - began)
+        if begin > now:
+            p.look(begin)
+        elif is_spare:
+            p.look(max((now + ends) / 2, now + _GRAIN))  # somebody may borrow it meanwhile
+        else:
+            due.append((ends, entry))
+    return [entry for _, entry in sorted(due, key=lambda pair: pair[0])]
+
+
+def _margin(s: Snapshot, lifetime: float) -> float:
+    """Return how long before a connection has to go its replacement is to be opened."""
+    return min(lifetime / 2, max(lifetime * _MARGIN, 2 * s.connect_time))

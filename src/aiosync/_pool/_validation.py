@@ -1,0 +1,248 @@
+"""What happens to a connection between two borrowers: reset and check.
+
+Each step has a deadline, is shielded from cancellation, and ends by passing its connection on
+synchronously: to the inventory, or to `Closing.discard`. So a slot always comes back.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from anyio import fail_after, get_cancelled_exc_class
+
+from .._park import ki_protected
+from .._scopes import current_task_id, shielded_scope
+from ._entry import FOREVER, State
+from ._inventory import Disposition
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyio import CancelScope
+
+    from ._closing import Closing
+    from ._core import Core
+    from ._entry import PoolEntry
+
+T = TypeVar("T")
+Step = Literal["check", "reset"]
+
+_CLOSED = (State.CLOSING, State.CLOSED)
+_FAILED = object()
+
+
+class Validation(Generic[T]):
+    """Resets and checks connections, and makes them available. On the event loop of the pool."""
+
+    __slots__ = ("_begun", "_closing", "_core", "_record", "_scopes")
+
+    def __init__(self, core: Core[T], closing: Closing[T]) -> None:
+        self._core = core
+        self._closing = closing
+        # Of the steps that are running in tasks of the pool.
+        self._scopes: set[CancelScope] = set()
+        core.settle = self.settle
+
+    def make_available(self, entry: PoolEntry[T], step: Step | Literal["connect"]) -> None:
+        """Make available an entry that has come through a step."""
+        now = self._core.clock()
+        entry.is_reset = True
+        entry.keepalive_from = now
+        if step == "check":
+            entry.is_suspect = False
+        else:  # a check is no use of the connection
+            entry.idle_since = now
+        entry.enter(State.IDLE, now)
+        if self._core.inventory.disposition(entry, now) is Disposition.CLOSE:
+            self._evict(entry, now)
+            return
+        self._core.inventory.freshen(entry, now)
+        if step == "reset":
+            self._core.inventory.check_in(entry, now)
+        else:
+            self._core.inventory.put(entry, first=step == "check")
+
+    def _evict(self, entry: PoolEntry[T], now: float) -> None:
+        if entry.expires <= now:
+            self._closing.discard(entry, entry.retired)
+        elif entry.evict_at(self._core.inventory.max_idle) <= now:
+            self._closing.discard(entry, "idle")
+        else:
+            self._closing.discard(entry, "check", ConnectionError("the connection is closed"))
+
+    def settle(self, entry: PoolEntry[T]) -> None:
+        """Do with an entry that nobody has what has to be done."""
+        if entry.state in _CLOSED:
+            return  # it took too long to come here
+        now = self._core.clock()
+        todo = self._core.inventory.disposition(entry, now)
+        if todo is Disposition.CLOSE:
+            self._evict(entry, now)
+        elif self._core.inventory.closed is not None:
+            self._closing.discard(entry, "shutdown")
+        elif todo is Disposition.RESET:
+            self.validate(entry, "reset")
+        else:
+            if entry.state is not State.IDLE:
+                entry.enter(State.IDLE, now)
+            self._core.inventory.check_in(entry, now)
+
+    def validate(self, entry: PoolEntry[T], step: Step) -> None:
+        """Check or reset an entry; in a task, if the hook is async."""
+        entry.enter(State.VALIDATING, self._core.clock())
+        try:
+            result = self._core.tasks.begin(getattr(self._core.options, step), entry.connection)
+        except (Exception, get_cancelled_exc_class()) as error:
+            self._validated(entry, step, error)
+            return
+        if isawaitable(result):
+            self._core.tasks.start(self._validate, entry, step, result)
+        else:
+            self._validated(entry, step, _refusal(step, result))
+
+    async def _validate(self, entry: PoolEntry[T], step: Step, result: Any) -> None:
+        error: BaseException | None = ConnectionError(f"{step}() was cancelled")
+        try:
+            with fail_after(self._core.options.check_timeout, shield=True) as scope:
+                self._scopes.add(scope)
+                try:
+                    error = _refusal(step, await self._core.tasks.finish(result))
+                finally:
+                    self._scopes.discard(scope)
+        except Exception as caught:
+            error = caught
+        finally:
+            self._validated(entry, step, error)
+            self._core.wake()
+            del error  # break the reference cycle through the traceback
+
+    def _validated(self, entry: PoolEntry[T], step: Step, error: BaseException | None) -> None:
+        if entry.state in _CLOSED:
+            return
+        if error is None:
+            self.make_available(entry, step)
+        else:
+            self._closing.discard(entry, step, error)
+
+    async def check_all(self, entries: list[PoolEntry[T]], done: Callable[[], object]) -> None:
+        """Check idle entries, one after the other, so that the others are available."""
+        try:
+            for entry in entries:
+                if self._core.inventory.take(entry):
+                    entry.enter(State.VALIDATING, self._core.clock())
+                    check = self._core.tasks.call(self._core.options.check, entry.connection)
+                    await self._validate(entry, "check", check)
+        finally:
+            done()
+
+    def cancel(self) -> None:
+        """End what runs in tasks of the pool."""
+        for scope in self._scopes:
+            scope.cancel()
+
+    # -- In the task of a borrower.
+
+    @ki_protected
+    def reset_here(self, entry: PoolEntry[T]) -> Any:
+        """Reset an entry at the end of the block of its borrower.
+
+        :return: what is left to await; None if the hook is plain
+        """
+        result = self._begin_reset(entry)
+        if isawaitable(result):
+            return self._finish_reset(entry, result)
+        if result is not _FAILED:
+            self._finish_return(entry)
+        return None
+
+    @ki_protected
+    def reset_in_call(self, entry: PoolEntry[T]) -> None:
+        """Reset an entry in a plain call of its borrower: at once, or in the background."""
+        result = self._begin_reset(entry)
+        if isawaitable(result):
+            self._core.post(partial(self._reset_in_task, entry, result))
+        elif result is not _FAILED:
+            self._finish_return(entry)
+
+    def _begin_reset(self, entry: PoolEntry[T]) -> Any:
+        try:
+            return self._core.tasks.begin(self._core.options.reset, entry.connection)
+        except Exception as error:
+            self._core.post(partial(self._validated, entry, "reset", error))
+            return _FAILED
+        except BaseException:
+            interrupted = ConnectionError("reset() was interrupted")
+            self._core.post(partial(self._validated, entry, "reset", interrupted))
+            raise
+
+    def _reset_in_task(self, entry: PoolEntry[T], result: Any) -> None:
+        if entry.state in _CLOSED:
+            getattr(result, "close", bool)()
+            return
+        entry.enter(State.VALIDATING, self._core.clock())
+        self._core.tasks.start(self._validate, entry, "reset", result)
+
+    @ki_protected
+    async def _finish_reset(self, entry: PoolEntry[T], result: Any) -> None:
+        """Await a reset, shielded. Maintenance cancels it if it takes too long.
+
+        If it is cancelled natively, or closed, the connection is closed in the background.
+        """
+        error: BaseException | None = ConnectionError("reset() was cancelled")
+        task = current_task_id()
+        self._core.tasks.ids.add(task)
+        try:
+            with shielded_scope() as scope:
+                entry.scope = scope
+                self._watch_reset(entry.since + self._core.options.check_timeout)
+                await result
+                error = None
+            if scope.cancel_called and error is not None:
+                limit: float = self._core.options.check_timeout
+                error = TimeoutError(f"reset() took longer than {limit:g} s")
+        except Exception as caught:
+            error = caught
+        finally:
+            self._core.tasks.ids.discard(task)
+            entry.scope = None
+            entry.grace_until = FOREVER
+            if entry.state is not State.RETURNING:
+                pass  # maintenance has taken it over
+            elif error is None:
+                self._finish_return(entry)
+            else:
+                self._core.post(partial(self._validated, entry, "reset", error))
+            del error  # break the reference cycle through the traceback
+
+    def _watch_reset(self, deadline: float) -> None:
+        if deadline < self._core.reset_deadline:  # otherwise that look comes early enough
+            self._core.reset_deadline = deadline
+            self._core.wake()
+
+    @ki_protected
+    def _finish_return(self, entry: PoolEntry[T]) -> None:
+        """Make available an entry that its borrower has reset, or hand it over."""
+        inventory = self._core.inventory
+        now = self._core.clock()
+        entry.is_reset = True
+        entry.idle_since = now
+        # Inlined: `Inventory.freshen` and `Inventory.disposition`.
+        fresh_until = now + inventory.fresh
+        entry.fresh_until = fresh_until if fresh_until < entry.expires else entry.expires
+        is_fresh = entry.fresh_until > now
+        if inventory.is_closed is not None and inventory.has_closed(entry):
+            is_fresh = False
+        if inventory.closed is None and is_fresh:
+            entry.state = State.IDLE
+            inventory.put(entry)
+        else:
+            self._core.hand_over(entry)
+
+
+def _refusal(step: Step, result: object) -> BaseException | None:
+    """Return what is wrong if a hook returned `result`."""
+    if step == "check" and result is False:
+        return ConnectionError("check() returned False")
+    return None

@@ -1,0 +1,1 @@
+"""What tests of several subjects share: servers, proxies and small clients."""
