@@ -502,9 +502,9 @@ class TestAttemptsToConnect:
         async def main() -> None:
             server = Server()
             server.takes = 1e6
-            async with server.pool(connect_timeout=float("inf"), timeout=None) as pool:
-                async with pool.connection() as connection:
-                    assert connection is server.made[0]
+            forever = {"connect_timeout": float("inf"), "timeout": None}
+            async with server.pool(**forever) as pool, pool.connection() as connection:
+                assert connection is server.made[0]
             assert len(server.attempts) == 1
 
         run(main)
