@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import anyio
 import pytest
@@ -29,6 +32,23 @@ async def test_a_call_that_is_cancelled_before_its_thread_has_begun_is_made_anyw
         await Threads().run_anyway(calls.append, 1)
     assert scope.cancelled_caught
     await until_async(lambda: calls == [1])
+
+
+async def test_a_call_whose_thread_begins_after_it_was_made_elsewhere_is_not_made_again() -> None:
+    calls: list[int] = []
+    late: list[Callable[[], object]] = []
+
+    class BusyThreads(Threads):
+        async def run(self, work: Callable[..., Any], *args: Any) -> Any:
+            late.append(partial(work, *args))
+            await anyio.sleep_forever()
+
+    with CancelScope() as scope:
+        scope.cancel()
+        await BusyThreads().run_anyway(calls.append, 1)
+    await until_async(lambda: calls == [1])
+    late[0]()
+    assert calls == [1]
 
 
 async def test_a_call_that_has_begun_is_not_made_again() -> None:
