@@ -55,14 +55,29 @@ class TrackedConnection(asyncpg.Connection):  # type: ignore[misc]
             parts.append(_postgres.PREPARED)
         return "\n".join(parts)
 
+    def reset_session(self) -> Any:
+        """Return what is left to await until the connection is as when it was opened.
+
+        The same as ``reset``, which costs more, where there is nothing to undo on this side. Only
+        private attributes tell; if a version of asyncpg has others, ``reset`` runs.
+        """
+        has_more_to_undo = (
+            getattr(self, "_top_xact", self) is not None
+            or getattr(self, "_listeners", True)
+            or getattr(self, "_log_listeners", True)
+            or self.is_in_transaction()
+        )
+        return self.reset() if has_more_to_undo else super().execute(self.get_reset_query())
+
 
 def _watched(name: str) -> Any:
-    async def method(self: TrackedConnection, *args: Any, **kwargs: Any) -> Any:
+    # Not a coroutine function: one more coroutine costs, see docs/performance.md.
+    def method(self: TrackedConnection, *args: Any, **kwargs: Any) -> Any:
         # asyncpg calls it "command" in `executemany`.
         query = args[0] if args else kwargs.get("query", kwargs.get("command", ""))
         if "prepare" in str(query).lower():  # asyncpg refuses what is no str
             self.aiosync_prepared = True
-        return await getattr(super(TrackedConnection, self), name)(*args, **kwargs)
+        return getattr(super(TrackedConnection, self), name)(*args, **kwargs)
 
     return method
 

@@ -94,11 +94,11 @@ def asyncpg_pool(
                 f"its borrower has changed its session by {connection.aiosync_altered}"
             )
         if configure is None and not connection.aiosync_prepared:
-            return connection.reset()
+            return connection.reset_session()
         return reset_all(connection)
 
     async def reset_all(connection: Any) -> None:
-        await connection.reset()
+        await connection.reset_session()
         connection.aiosync_prepared = False
         if configure is not None:
             connection.aiosync_phase = Phase.CONFIGURE_AGAIN
