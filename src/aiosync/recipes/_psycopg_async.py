@@ -38,9 +38,8 @@ class AsyncRecipe(Recipe[Connection]):
         if not autocommit:
             await connection.set_autocommit(False)
 
-    async def commit(self, connection: Connection) -> None:
-        if is_in_transaction(connection):
-            await connection.commit()
+    def commit(self, connection: Connection) -> object:
+        return connection.commit() if is_in_transaction(connection) else None
 
     async def restore(self, connection: Connection) -> None:
         saved = self.snapshots[connection]

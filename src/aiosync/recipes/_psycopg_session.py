@@ -7,6 +7,7 @@ import socket
 import sys
 from abc import ABC, abstractmethod
 from contextlib import suppress
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar, Union
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,7 @@ from . import _postgres
 from ._arguments import check_text, copied, provide_text
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
     from .._callers import CallSite
     from ._arguments import Arguments, Provided
@@ -40,12 +41,15 @@ _TRANSACTION = ("isolation_level", "read_only", "deferrable", "autocommit")
 # There is no public way to list the handlers of a connection, or to copy its adapters.
 _HANDLERS = ("_notice_handlers", "_notify_handlers")
 
+_plain = attrgetter(*_PLAIN)
+_transaction = attrgetter(*_TRANSACTION)
+
 
 class Snapshot(NamedTuple):
     """What a connection keeps on this side."""
 
-    plain: dict[str, Any]
-    transaction: dict[str, Any]
+    plain: tuple[Any, ...]
+    transaction: tuple[Any, ...]
     handlers: dict[str, list[Any]]
     adapters: AdaptersMap | None
 
@@ -59,8 +63,8 @@ def snapshot(connection: AnyConnection) -> Snapshot:
         raise PoolMisuse(_postgres.LEFT_OPEN)
     adapters: AdaptersMap | None = vars(connection).get("_adapters")
     return Snapshot(
-        {name: getattr(connection, name) for name in _PLAIN},
-        {name: getattr(connection, name) for name in _TRANSACTION},
+        _plain(connection),
+        _transaction(connection),
         {name: list(vars(connection).get(name, ())) for name in _HANDLERS},
         None if adapters is None else AdaptersMap(adapters),
     )
@@ -68,8 +72,8 @@ def snapshot(connection: AnyConnection) -> Snapshot:
 
 def put_back(connection: AnyConnection, saved: Snapshot) -> None:
     """Restore what may be set at any time."""
-    for name, value in saved.plain.items():
-        if getattr(connection, name) is not value:
+    if _plain(connection) != saved.plain:
+        for name, value in zip(_PLAIN, saved.plain):
             setattr(connection, name, value)
     state = vars(connection)
     for name, handlers in saved.handlers.items():
@@ -77,16 +81,32 @@ def put_back(connection: AnyConnection, saved: Snapshot) -> None:
             state[name][:] = handlers
     if state.get("_notifies_backlog"):
         state["_notifies_backlog"].clear()
-    if state.get("_adapters") is not None:
+    adapters = state.get("_adapters")
+    if adapters is not None and not _are_alike(adapters, saved.adapters or psycopg.adapters):
         # A copy costs little until somebody changes it.
         state["_adapters"] = None if saved.adapters is None else AdaptersMap(saved.adapters)
 
 
-def changed(connection: AnyConnection, saved: Snapshot) -> Iterator[tuple[str, Any]]:
-    """Yield the other attributes that are not as they were, with what they were."""
-    for name, value in saved.transaction.items():
-        if getattr(connection, name) != value:
-            yield name, value
+def _are_alike(adapters: Any, others: Any) -> bool:
+    # A copy shares its dicts until one of the two is changed, so this compares few objects.
+    try:
+        return bool(
+            adapters._dumpers == others._dumpers
+            and adapters._dumpers_by_oid == others._dumpers_by_oid
+            and adapters._loaders == others._loaders
+            and adapters.types._registry == others.types._registry
+        )
+    except AttributeError:  # another version of psycopg
+        return False
+
+
+def changed(connection: AnyConnection, saved: Snapshot) -> list[tuple[str, Any]]:
+    """Return the other attributes that are not as they were, with what they were."""
+    found = _transaction(connection)
+    if found == saved.transaction:
+        return []
+    named = zip(_TRANSACTION, saved.transaction, found)
+    return [(name, value) for name, value, now in named if now != value]
 
 
 class Recipe(ABC, Generic[C]):
@@ -129,7 +149,7 @@ class Recipe(ABC, Generic[C]):
         is_open = has_work_left(connection)
         if is_open:
             self._report_rollback()
-        if is_open or self.reset_session or any(changed(connection, saved)):
+        if is_open or self.reset_session or changed(connection, saved):
             return self.restore(connection)
         put_back(connection, saved)
         return None
