@@ -42,12 +42,13 @@ class ThreadSemaphore(NeedsPlainWith):
     All methods may be called from any thread. Only `acquire` can block.
     """
 
-    __slots__ = ("__weakref__", "_get_nowait", "_semaphore", "_shared")
+    __slots__ = ("__weakref__", "_items", "_semaphore", "_shared", "_slow_path")
 
     def __init__(self, semaphore: Semaphore) -> None:
         self._semaphore = semaphore
         self._shared = semaphore._for_threads()
-        self._get_nowait = self._shared._nowait()
+        self._items = self._shared._items
+        self._slow_path = self._shared._slow_path
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Take a permit, waiting in FIFO order with tasks and threads if none is free.
@@ -65,8 +66,11 @@ class ThreadSemaphore(NeedsPlainWith):
         """
         if blocking is not True or timeout is not None:
             normalize_timeout(blocking, timeout)  # refuses what is wrong
-        if self._get_nowait(False):
-            return True
+        if not self._slow_path:  # inlined: the same in `Semaphore.acquire`
+            try:
+                return self._items.pop()
+            except IndexError:
+                pass
         return run_in_thread(self._shared.acquire(blocking, timeout))
 
     def release(self, n: int = 1) -> None:
@@ -84,7 +88,12 @@ class ThreadSemaphore(NeedsPlainWith):
 
     def __enter__(self) -> bool:
         """Do what ``acquire()`` does."""
-        return self._get_nowait(False) or run_in_thread(self._shared.__aenter__())
+        if not self._slow_path:  # inlined: as in `acquire`
+            try:
+                return self._items.pop()
+            except IndexError:
+                pass
+        return run_in_thread(self._shared.__aenter__())
 
     def __exit__(
         self,
@@ -116,16 +125,22 @@ class ThreadBoundedSemaphore(ThreadSemaphore):
         """See `ThreadSemaphore.acquire`."""
         if blocking is not True or timeout is not None:
             normalize_timeout(blocking, timeout)
-        if self._get_nowait(False):
-            self._held.append(True)
-            return True
+        if not self._slow_path:
+            try:
+                self._held.append(self._items.pop())
+                return True
+            except IndexError:
+                pass
         return run_in_thread(self._shared.acquire(blocking, timeout))
 
     def __enter__(self) -> bool:
         """Do what ``acquire()`` does."""
-        if self._get_nowait(False):
-            self._held.append(True)
-            return True
+        if not self._slow_path:
+            try:
+                self._held.append(self._items.pop())
+                return True
+            except IndexError:
+                pass
         return run_in_thread(self._shared.__aenter__())
 
     def __repr__(self) -> str:

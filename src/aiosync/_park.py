@@ -77,9 +77,6 @@ else:  # Python 3.11
     _may_run = _current_tasks.__len__
 
 
-# Whether ``Future()`` is faster than ``Future(loop=loop)``, while an event loop is running.
-_FUTURE_FINDS_LOOP = sys.version_info >= (3, 12)
-
 # The clock behind `time.monotonic`, which tests do not replace. Windows has no other name for it.
 real_clock: Callable[[], float] = time.monotonic
 if hasattr(time, "clock_gettime"):
@@ -305,14 +302,13 @@ def task_waiter() -> Waiter:
 
     :raises NoEventLoopError: if no asyncio or trio event loop is running on this thread
     """
-    if "trio" in _modules:  # inlined: the first test of `_running_trio`
-        lowlevel = _running_trio()
-        if lowlevel is not None:
-            return TrioWaiter(lowlevel)
-    loop = running_loop()
-    if loop is None:
+    lowlevel = _running_trio()
+    if lowlevel is not None:
+        return TrioWaiter(lowlevel)
+    # As in `checkpoint`. A future finds the event loop itself.
+    if not _may_run() and running_loop() is None:
         raise _no_event_loop()
-    return Future() if _FUTURE_FINDS_LOOP else Future(loop=loop)
+    return Future()
 
 
 async def wait_with_timeout(waiter: Waiter, timeout: float) -> Any:
@@ -611,20 +607,34 @@ class _YieldOnce:
 _YIELD_ONCE = _YieldOnce()
 
 
+class _NotImported:
+    name = None
+
+
+# sniffio's thread-local variable, which trio sets, once trio is imported.
+_current_library: Any = _NotImported
+
+
 def _running_trio() -> Any:
     """Return `trio.lowlevel` if trio is running on this thread, without importing trio.
 
-    Call it before checking for asyncio: in guest mode both are running. It reads sniffio's
-    thread-local variable, which trio sets: on the hot path, see docs/performance.md.
+    Call it before checking for asyncio: in guest mode both are running.
     """
-    if "trio" not in _modules:
-        return None
-    try:
-        if _modules["sniffio"].thread_local.name == "trio":
-            return _modules["trio.lowlevel"]
-    except (AttributeError, KeyError):
-        pass  # another thread is importing them
+    if _current_library.name == "trio":
+        return _modules["trio.lowlevel"]
+    if _current_library is _NotImported and "trio" in _modules and _find_library():
+        return _running_trio()
     return None
+
+
+def _find_library() -> bool:
+    global _current_library  # noqa: PLW0603
+    try:
+        if "trio.lowlevel" in _modules:
+            _current_library = _modules["sniffio"].thread_local
+    except (AttributeError, KeyError):
+        pass  # another thread is importing it
+    return _current_library is not _NotImported
 
 
 def _no_event_loop() -> NoEventLoopError:

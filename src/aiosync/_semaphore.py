@@ -113,10 +113,6 @@ class Semaphore(NeedsAsyncWith, NotCopied):
         twin._share(self._queue, True, self._name, thread_waiter)
         return twin
 
-    def _nowait(self) -> Callable[[bool], bool]:
-        """Return the function by which a view for threads takes a free permit."""
-        return self._queue.get_nowait
-
     @ki_protected
     async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Take a permit, waiting in FIFO order if none is free.

@@ -611,8 +611,12 @@ async def test_a_shielded_wait_that_is_over_as_its_waiter_is_woken_ends() -> Non
 
 
 class TestWhoIsRunning:
-    @pytest.mark.parametrize("missing", ["sniffio", "trio"])
-    def test_without_both_there_is_no_trio(
+    @pytest.fixture(autouse=True)
+    def _forget_trio(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_park, "_current_library", _park._NotImported)
+
+    @pytest.mark.parametrize("missing", ["sniffio", "trio", "trio.lowlevel"])
+    def test_without_all_there_is_no_trio(
         self, missing: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         async def main() -> type:

@@ -11,7 +11,6 @@ from ._extend import extend
 from ._record import Attempt, BrokenRound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import SupportsIndex
 
     from .._barrier import Barrier, _Round
@@ -49,10 +48,8 @@ class ObservedSemaphore(SemaphoreBase):
         twin: Any = super()._for_threads()
         extend(twin, ObservedSemaphore)
         twin._record = self._record
+        twin._slow_path = True  # so that a view calls `acquire`
         return twin  # type: ignore[no-any-return]
-
-    def _nowait(self) -> Callable[[bool], bool]:
-        return bool  # False: nothing is free, so a view calls `acquire`
 
     @ki_protected
     async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:

@@ -73,7 +73,7 @@ def snapshot(connection: AnyConnection) -> Snapshot:
 def put_back(connection: AnyConnection, saved: Snapshot) -> None:
     """Restore what may be set at any time."""
     if _plain(connection) != saved.plain:
-        for name, value in zip(_PLAIN, saved.plain):
+        for name, value in zip(_PLAIN, saved.plain, strict=True):
             setattr(connection, name, value)
     state = vars(connection)
     for name, handlers in saved.handlers.items():
@@ -105,7 +105,7 @@ def changed(connection: AnyConnection, saved: Snapshot) -> list[tuple[str, Any]]
     found = _transaction(connection)
     if found == saved.transaction:
         return []
-    named = zip(_TRANSACTION, saved.transaction, found)
+    named = zip(_TRANSACTION, saved.transaction, found, strict=True)
     return [(name, value) for name, value, now in named if now != value]
 
 
