@@ -419,7 +419,7 @@ class AConnectionIsReplacedBeforeItHasToGo(AnIdleConnection):
     """The replacement is in excess of `max_size`, until the victim and all others let go."""
 
     async def meanwhile(self) -> None:
-        (old,) = self.pool._inventory.open()
+        (old,) = self.pool._inventory.entries.values()
         old.expires = self.pool._clock() + 0.5
         old.created = old.expires - 3600
         self.pool._maintenance.core.wake()

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from anyio import CancelScope
 
 from .._errors import PoolMisuse
 from .._park import current_token
-from ._entry import State
-from ._policy import Snapshot, surplus
+from ._entry import FOREVER, State
+from ._policy import surplus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ._closing import Closing
     from ._core import Core
     from ._entry import PoolEntry
 
@@ -24,18 +25,16 @@ T = TypeVar("T")
 class Admission(Generic[T]):
     """Takes a permit of the option `limit` before each connect."""
 
-    def __init__(self, core: Core[T]) -> None:
+    def __init__(self, core: Core[T], closing: Closing[T]) -> None:
         self._core = core
+        self._closing = closing
         # The attempts that have no permit yet, the oldest first, each with the scope of its wait.
         # They have not begun, so they can be stopped at any time.
         self._waiting: dict[PoolEntry[T], CancelScope] = {}
-        # Closes an entry, at the latest when its borrower gives it back.
-        self._close: Callable[[PoolEntry[T], Any], object] = _ignore
         self._unwatch: Callable[[], object] = bool
 
-    def begin(self, close: Callable[[PoolEntry[T], Any], object]) -> None:
+    def begin(self) -> None:
         """Close an idle connection from time to time while other pools wait for a permit."""
-        self._close = close
         limit = self._core.options.limit
         if limit is not None:
             self._unwatch = limit.watch_contention(partial(self._core.post, self._yield_one))
@@ -48,7 +47,7 @@ class Admission(Generic[T]):
         inventory = self._core.inventory
         if not inventory.waiters:
             for entry in inventory.available()[:1]:
-                self._close(entry, "limit")
+                self._closing.close(entry, "limit")
 
     @property
     def is_waiting(self) -> bool:
@@ -63,7 +62,7 @@ class Admission(Generic[T]):
         """Unregister an attempt that does not wait any more."""
         self._waiting.pop(entry, None)
         if not self._waiting:
-            self._core.wanted = False
+            self._core.inventory.wanted = False
 
     async def admit(self, entry: PoolEntry[T]) -> bool:
         """Take a permit for the attempt `entry`. Return whether it should connect now.
@@ -93,7 +92,7 @@ class Admission(Generic[T]):
 
     def _lost(self, entry: PoolEntry[T]) -> None:
         entry.retire("limit")
-        self._core.post(partial(self._close, entry, "limit"))
+        self._core.post(partial(self._closing.close, entry, "limit"))
 
     def stop_needless(self) -> None:
         """Stop the newest of the attempts that wait for a permit, if fewer are needed."""
@@ -103,15 +102,8 @@ class Admission(Generic[T]):
         core = self._core
         for entry in waiting:
             # The attempt has not begun, so earlier drains and failures do not apply to it.
-            entry.failures, entry.generation = core.backoff.failures, core.generation
-        snapshot = Snapshot(
-            limits=core.limits,
-            entries=list(core.inventory.entries.copy().values()),
-            attempts=core.attempts,
-            waiting=max(len(core.inventory.waiters), core.wanted),
-            backoff=core.backoff,
-        )
-        for entry in waiting[::-1][: surplus(snapshot)]:
+            entry.failures, entry.expires = core.backoff.failures, FOREVER
+        for entry in waiting[::-1][: surplus(core.situation())]:
             self._stop(entry)
 
     def cancel(self) -> None:
@@ -123,7 +115,3 @@ class Admission(Generic[T]):
         # Forget it at once, so that plans do not count it. Its task ends later.
         self._core.forget_attempt(entry)
         self._waiting.pop(entry).cancel()
-
-
-def _ignore(*_: object) -> None:
-    """Do nothing."""

@@ -10,7 +10,7 @@ from anyio import fail_after, get_cancelled_exc_class
 
 from .._park import ki_protected
 from ._entry import FOREVER, State
-from ._policy import GRACE, reset_end
+from ._policy import GRACE
 from ._statistics import describe, log
 
 if TYPE_CHECKING:
@@ -26,6 +26,13 @@ class Closing(Generic[T]):
 
     def __init__(self, core: Core[T]) -> None:
         self._core = core
+
+    def close(self, entry: PoolEntry[T], reason: CloseReason) -> None:
+        """Close an entry, at the latest when its borrower gives it back."""
+        if entry.state is State.STANDBY or self._core.inventory.take(entry):
+            self.discard(entry, reason)
+        elif reason != "idle" or entry.renewed:  # otherwise it is on its way to a waiter
+            entry.retire(reason)
 
     def discard(
         self, entry: PoolEntry[T], reason: CloseReason, error: BaseException | None = None
@@ -144,36 +151,16 @@ class Closing(Generic[T]):
         )
         self._leaked(entry, stack)
 
-    # -- Resets that take too long and, when the pool is closed, all connections.
+    # -- What takes too long.
 
     def end_reset(self, entry: PoolEntry[T], now: float) -> None:
         """Cancel a reset that takes too long; take its connection over if it ignores that."""
         if entry.grace_until == FOREVER:
             entry.grace_until = now + GRACE
-            self._core.reset_deadline = min(self._core.reset_deadline, entry.grace_until)
             if entry.scope is not None:  # otherwise its borrower was interrupted just before
                 entry.scope.cancel()
         elif entry.grace_until <= now:
             self.discard(entry, "reset", TimeoutError("reset() can't be cancelled"))
-
-    def close_idle(self) -> None:
-        """Close the idle connections; each of the others is closed when it comes back."""
-        for entry in list(self._core.inventory.entries.values()):
-            if entry.state is State.STANDBY or self._core.inventory.take(entry):
-                self.discard(entry, "shutdown")
-            else:
-                entry.retire("shutdown")
-
-    def end_resets(self, every: bool) -> float:
-        """End resets by borrowers, or those that take too long; return when to look again."""
-        now, timeout = self._core.clock(), self._core.limits.check_timeout
-        look_at = FOREVER
-        for entry in list(self._core.inventory.entries.values()):
-            if entry.state is State.RETURNING and entry.scope is not None:
-                if every or reset_end(entry, timeout) <= now:
-                    self.end_reset(entry, now)
-                look_at = min(look_at, reset_end(entry, timeout))
-        return look_at
 
     def close_by_force(self) -> None:
         """Close what is borrowed."""

@@ -53,16 +53,14 @@ class Connecting(Generic[T]):
         self._validation = validation
         # Of the attempts that are running.
         self._scopes: set[CancelScope] = set()
-        self.admission = Admission(core)
+        self.admission = Admission(core, closing)
 
     def connect(self, replaces: PoolEntry[T] | None = None) -> None:
         """Begin to open a connection.
 
         :param replaces: the one that it is to replace, in excess of `max_size`
         """
-        attempt: PoolEntry[T] = PoolEntry(
-            self._core.clock(), self._core.backoff.failures, self._core.generation, replaces
-        )
+        attempt: PoolEntry[T] = PoolEntry(self._core.clock(), self._core.backoff.failures, replaces)
         self._core.attempts.append(attempt)
         connect = self._connect_context if self._core.options.context else self._connect
         if self._core.options.limit is None:
@@ -234,10 +232,10 @@ class Connecting(Generic[T]):
         now = self._core.clock()
         entry.connection = entry.kept = connection
         entry.key = id(connection)
-        entry.number = self._core.statistics.number()
+        entry.number = next(self._core.statistics.numbers)
         entry.created = now
         lifetime = self._core.options.max_lifetime * (1 - _LIFETIME_JITTER * _chance.random())
-        # Not later than now if its permit was lost meanwhile.
+        # Not later than now if it was retired meanwhile.
         entry.expires = min(entry.expires, now + lifetime)
         with suppress(TypeError):  # it can't be weakly referenced
             entry.ref = ref(connection, partial(self._closing.collected, entry))
@@ -255,8 +253,6 @@ class Connecting(Generic[T]):
         now = self._core.clock()
         self._core.connect_time = now - began
         self._core.statistics.observe_connect(self._core.connect_time)
-        if entry.generation != self._core.generation:
-            entry.retire("drain")
         if entry.replaces is None:
             self._validation.make_available(entry, "connect")
         else:

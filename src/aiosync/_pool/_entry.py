@@ -57,10 +57,8 @@ class PoolEntry(Generic[T]):
 
     # When it entered the state; not kept for IDLE and IN_USE, which have times of their own.
     since: float
-    # How many attempts to connect had failed in a row, and how often the pool had been drained,
-    # when this one began.
+    # How many attempts to connect had failed in a row when this one began.
     failures: int = 0
-    generation: int = 0
     # The connection that this one is to replace, in excess of `max_size`.
     replaces: PoolEntry[T] | None = None
     state: State = State.CONNECTING

@@ -128,7 +128,10 @@ class Options:
     """
 
     if TYPE_CHECKING:
-        # Each user of an option says of which type it is.
+        min_size: int
+        max_size: int
+
+        # Each user of another option says of which type it is.
         def __getattr__(self, name: str, /) -> Any: ...
         def __setattr__(self, name: str, value: Any, /) -> None: ...
 

@@ -274,7 +274,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         if not (before.finished or before.lost_loop):
             raise PoolClosed(f"{self.name} is still being closed")
         inventory.close(before.closed)
-        for entry in inventory.open():  # nobody will close it
+        for entry in inventory.entries.values():  # nobody will close it
             self._statistics.forget(entry)
         self._install()
         self._inventory.reclaimed = inventory.reclaimed
@@ -422,7 +422,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         if entry is None:
             if current_token() is None:
                 self._check_loop()
-            self._maintenance.core.want()
+            self._inventory.want()
             raise WouldBlock
         return self._lend(entry, now)
 
@@ -467,8 +467,8 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
                     )
                 else:
                     # Maintenance has one timer for all waiters.
-                    if deadline < self._maintenance.next_deadline:
-                        self._maintenance.watch(deadline)
+                    if deadline < inventory.next_deadline:
+                        inventory.watch(deadline)
                     found = await waiter
                 if found is None:
                     found = inventory.leave(waiter)
@@ -504,7 +504,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         if not is_task:
             self._check_loop()
         self._statistics.count("requests_errors")
-        self._maintenance.core.want()
+        inventory.want()
         raise self._maintenance.core.timed_out(timeout)
 
     @ki_protected
@@ -760,7 +760,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         min_size, max_size = check_sizes(min_size, max_size)
         self._check_open()
         self._options.min_size, self._options.max_size = min_size, max_size
-        self._maintenance.resize(min_size, max_size)
+        self._inventory.wake()
         await checkpoint()
 
     async def drain(self) -> None:
@@ -803,12 +803,12 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
     @property
     def min_size(self) -> int:
         """How many connections are kept."""
-        return self._maintenance.core.limits.min_size
+        return self._maintenance.core.options.min_size
 
     @property
     def max_size(self) -> int:
         """How many connections there may be."""
-        return self._maintenance.core.limits.max_size
+        return self._maintenance.core.options.max_size
 
     def info(self, connection: T) -> ConnectionInfo:
         """Return age and use of a connection of this pool. May be called from anywhere.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections import Counter
+from itertools import count
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from ._entry import PoolEntry
     from ._inventory import Inventory
+    from ._options import Options
 
 log = logging.getLogger("aiosync.pool")
 
@@ -74,8 +76,8 @@ class Statistics:
         # How long requests have waited that are not in the histogram yet, in seconds.
         self.waits: list[float] = []
         self._wait, self._use, self._connect = _Durations(), _Durations(), _Durations()
-        # How many connections were made.
-        self._made = 0
+        # For new connections.
+        self.numbers = count(1)
         # How often closed connections were borrowed.
         self._uses = 0
 
@@ -95,12 +97,6 @@ class Statistics:
         with self._lock:
             self._connect.add((seconds,))
 
-    def number(self) -> int:
-        """Return a number for a new connection."""
-        with self._lock:
-            self._made += 1
-            return self._made
-
     def flush(self, entry: PoolEntry[Any]) -> None:
         """Count the latest uses of an entry. To be called by the one that it belongs to."""
         with self._lock:
@@ -115,14 +111,13 @@ class Statistics:
             self._uses += entry.uses
 
     def snapshot(
-        self, inventory: Inventory[Any], sizes: tuple[int, int], connecting: int
+        self, inventory: Inventory[Any], options: Options, connecting: int
     ) -> PoolStatistics:
         """Return all figures.
 
-        :param sizes: `min_size` and `max_size`
         :param connecting: how many connections are being made that are not in the inventory
         """
-        entries = inventory.open()
+        entries = list(inventory.entries.copy().values())
         waiting = inventory.waiting()
         threads = sum(isinstance(waiter, ThreadWaiter) for waiter in waiting)
         self.fold_waits()
@@ -134,8 +129,8 @@ class Statistics:
         for entry in entries:
             use.add(entry.samples.copy())
         return PoolStatistics(
-            min_size=sizes[0],
-            max_size=sizes[1],
+            min_size=options.min_size,
+            max_size=options.max_size,
             size=len(entries) + connecting,
             idle=inventory.idle(),
             in_use=len(inventory.in_use),

@@ -43,7 +43,6 @@ class Validation(Generic[T]):
         self._closing = closing
         # Of the steps that are running in tasks of the pool.
         self._scopes: set[CancelScope] = set()
-        core.settle = self.settle
 
     def make_available(self, entry: PoolEntry[T], step: Step | Literal["connect"]) -> None:
         """Make available an entry that has come through a step."""
@@ -196,7 +195,7 @@ class Validation(Generic[T]):
         try:
             with shielded_scope() as scope:
                 entry.scope = scope
-                self._watch_reset(entry.since + self._core.options.check_timeout)
+                self._core.inventory.watch(entry.since + self._core.options.check_timeout)
                 await result
                 error = None
             if scope.cancel_called and error is not None:
@@ -216,11 +215,6 @@ class Validation(Generic[T]):
                 self._core.post(partial(self._validated, entry, "reset", error))
             del error  # break the reference cycle through the traceback
 
-    def _watch_reset(self, deadline: float) -> None:
-        if deadline < self._core.reset_deadline:  # otherwise that look comes early enough
-            self._core.reset_deadline = deadline
-            self._core.wake()
-
     @ki_protected
     def _finish_return(self, entry: PoolEntry[T]) -> None:
         """Make available an entry that its borrower has reset, or hand it over."""
@@ -238,7 +232,7 @@ class Validation(Generic[T]):
             entry.state = State.IDLE
             inventory.put(entry)
         else:
-            self._core.hand_over(entry)
+            inventory.hand_over(entry)
 
 
 def _refusal(step: Step, result: object) -> BaseException | None:

@@ -51,7 +51,7 @@ from aiosync._pool._entry import Failure, PoolEntry, State
 from aiosync._pool._hooks import BackgroundTasks
 from aiosync._pool._inventory import Inventory
 from aiosync._pool._maintenance import Maintenance
-from aiosync._pool._policy import Plan
+from aiosync._pool._policy import Plan, Snapshot, plan
 from aiosync._pool._statistics import describe
 
 
@@ -99,8 +99,10 @@ class TestMaintenance:
             made.append(ClosableConnection())
             return made[-1]
 
-        def fail(*_: object) -> Plan:
-            raise ZeroDivisionError
+        def fail(given: Snapshot, now: float) -> Plan:
+            if given.options.max_size:
+                raise ZeroDivisionError
+            return plan(given, now)
 
         with pytest.raises(ZeroDivisionError):
             async with ConnectionPool(connect, min_size=2) as pool:
@@ -529,7 +531,7 @@ async def test_an_idle_entry_on_its_way_to_a_waiter_is_not_closed_for_having_bee
             pass
         entry = pool._items.pop()
         assert isinstance(entry, PoolEntry)
-        pool._maintenance._close(entry, "idle")
+        pool._maintenance.closing.close(entry, "idle")
         assert entry.state is State.IDLE
         assert entry.expires > pool._clock()
         pool._inventory.put(entry)
