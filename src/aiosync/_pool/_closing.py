@@ -47,56 +47,44 @@ class Closing(Generic[T]):
             log.info("%s: check failed: %s", self._core.name, describe(error))
         elif reason == "forced":
             log.warning("%s: closing a connection that is borrowed", self._core.name)
-        self._begin_to_close(entry, reason, error)
-
-    def _begin_to_close(
-        self, entry: PoolEntry[T], reason: CloseReason, error: BaseException | None
-    ) -> None:
+        entry.end = reason, error
         try:
             result = self._core.tasks.begin(self._core.options.close, entry.alive())
         except (Exception, get_cancelled_exc_class()) as failure:
             self._close_failed(entry, failure)
         else:
             if isawaitable(result):
-                self._core.tasks.start(self._close, result, entry, reason, error)
+                self._core.tasks.start(self._close, entry, result)
                 return
-        self._end(entry, reason, error)
+        self._end(entry)
 
-    async def _close(
-        self,
-        result: Any,
-        entry: PoolEntry[T],
-        reason: CloseReason,
-        error: BaseException | None,
-    ) -> None:
+    async def _close(self, entry: PoolEntry[T], result: Any) -> None:
         try:
             with fail_after(self._core.options.time_to_close, shield=True):
                 await self._core.tasks.finish(result)
         except Exception as failure:
             self._close_failed(entry, failure)
         finally:
-            self._end(entry, reason, error)
+            self._end(entry)
 
     def _close_failed(self, entry: PoolEntry[T], failure: BaseException) -> None:
         self._core.statistics.count("failed_closes")
         log.warning("%s: close failed: %s", self._core.name, describe(failure))
         self._core.emit("close_failed", entry, error=failure)
 
-    def _end(self, entry: PoolEntry[T], reason: CloseReason, error: BaseException | None) -> None:
-        leave = entry.leave
-        if leave is None:
-            self.forget(entry, reason, error)
+    def _end(self, entry: PoolEntry[T]) -> None:
+        if entry.leave is None:
+            self._forget(entry)
         else:
-            entry.end = partial(self.forget, entry, reason, error)
-            leave()
+            entry.leave.set()
 
     def context_left(self, entry: PoolEntry[T], error: BaseException | None) -> None:
         """Take note that the task of a context manager has left it, because of `error` if any."""
-        end, entry.end, entry.leave = entry.end, None, None
-        if end is not None:
+        leave, entry.leave = entry.leave, None
+        if leave is not None and leave.is_set():
             if error is not None:
                 self._close_failed(entry, error)
-            end()
+            self._forget(entry)
             return
         # It has ended by itself.
         log.warning("%s: a connection has ended: %s", self._core.name, describe(error))
@@ -105,11 +93,11 @@ class Closing(Generic[T]):
         else:
             entry.retire("check")
 
-    def forget(
-        self, entry: PoolEntry[T], reason: CloseReason, error: BaseException | None = None
-    ) -> None:
+    def _forget(self, entry: PoolEntry[T]) -> None:
         """Give the slot of a closed connection back."""
         entry.state = State.CLOSED
+        # An error that stays would keep itself and the connection alive by its traceback.
+        (reason, error), entry.end = entry.end, ("collected", None)
         self._core.give_back_permit(entry)
         self._core.inventory.entries.pop(entry.key, None)
         entry.ref = None  # nobody needs to know when it is collected
@@ -131,7 +119,7 @@ class Closing(Generic[T]):
             try:
                 self._leaked(entry, "it was garbage collected\n" + entry.trace())
             finally:
-                self.forget(entry, "collected")
+                self._forget(entry)
 
     def _leaked(self, entry: PoolEntry[T], reason: str) -> None:
         self._core.statistics.count("leaks")

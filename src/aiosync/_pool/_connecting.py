@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import os
 import random
-from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager, suppress
+from contextlib import (
+    _AsyncGeneratorContextManager,
+    _GeneratorContextManager,
+    nullcontext,
+    suppress,
+)
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 from weakref import ref
@@ -23,7 +28,7 @@ from ._hooks import context_of
 from ._statistics import describe, log
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
 
     from ._closing import Closing
     from ._core import Core
@@ -40,8 +45,8 @@ if hasattr(os, "register_at_fork"):
 _LIFETIME_JITTER = 0.025
 
 
-# What a context manager takes too long to do, by whether its connection is ready.
-_VERBS = {False: "enter", True: "leave"}
+# What takes too long, by whether the connection is ready.
+_VERBS = {False: "connect", True: "leave the context manager"}
 
 
 class Connecting(Generic[T]):
@@ -62,21 +67,18 @@ class Connecting(Generic[T]):
         """
         attempt: PoolEntry[T] = PoolEntry(self._core.clock(), self._core.backoff.failures, replaces)
         self._core.attempts.append(attempt)
-        connect = self._connect_context if self._core.options.context else self._connect
         if self._core.options.limit is None:
-            self._core.tasks.start(connect, attempt)
+            self._core.tasks.start(self._connect, attempt)
         else:
             self.admission.join(attempt)
-            self._core.tasks.start(self._admit, connect, attempt)
+            self._core.tasks.start(self._admit, attempt)
 
     def _give_up(self, attempt: PoolEntry[T]) -> None:
         self.admission.leave(attempt)
         self._core.forget_attempt(attempt)
         self._core.wake()
 
-    async def _admit(
-        self, connect: Callable[[PoolEntry[T]], Awaitable[None]], entry: PoolEntry[T]
-    ) -> None:
+    async def _admit(self, entry: PoolEntry[T]) -> None:
         """Connect, if there is a permit of `limit`."""
         try:
             is_admitted = await self.admission.admit(entry)
@@ -88,7 +90,7 @@ class Connecting(Generic[T]):
             raise
         else:
             if is_admitted:
-                await connect(entry)
+                await self._connect(entry)
             else:
                 self._give_up(entry)
 
@@ -99,95 +101,62 @@ class Connecting(Generic[T]):
             scope.cancel()
 
     async def _connect(self, entry: PoolEntry[T]) -> None:
+        """Connect. With the option `context`, stay inside of the context manager until the end."""
         began = entry.since
         error: BaseException | None = None
         ready = False
-        scope = self._new_scope()
-        try:
-            with scope:
-                self._scopes.add(scope)
-                try:
-                    if self._core.stopping:
-                        return
-                    connection = await self._call_connect()
-                    self._adopt(entry, connection)
-                    await self._configure(connection)
-                    ready = True
-                finally:
-                    self._scopes.discard(scope)
-            if scope.cancelled_caught and current_time() >= scope.deadline:
-                error = TimeoutError()
-        except Exception as caught:
-            # To leave our scope inside of one that is still open fails, too.
-            misuse = caught.__context__
-            error = misuse if isinstance(misuse, PoolMisuse) else caught
-        except BaseException as caught:
-            error = ConnectionError(f"connect() or configure() was ended by {caught!r}")
-            raise
-        finally:
-            self._ended(entry, ready, began, error)
-            del error  # break the reference cycle through the traceback
-
-    async def _connect_context(self, entry: PoolEntry[T]) -> None:
-        """Do what `_connect` does, and stay inside of the context manager until it is closed."""
-        began = entry.since
-        ready = False
-        error: BaseException | None = None
-        leave = Event()
         options = self._core.options
         # One scope for the whole life, since the scopes inside of it have to be left before it.
-        scope = self._new_scope()
+        # It is not `fail_after`: on CPython 3.13, the frames of its context managers and the
+        # traceback of a cancellation keep one another alive, and a half-made connection with them.
+        scope = CancelScope(deadline=current_time() + options.connect_timeout, shield=True)
         try:
             with scope:
                 self._scopes.add(scope)
                 if self._core.stopping:
                     return
-                async with await context_of(self._core.tasks.begin(options.connect)) as connection:
+                async with await self._call_connect() as connection:
                     self._adopt(entry, connection)
                     await self._configure(connection)
-                    self._scopes.discard(scope)
-                    scope.deadline = FOREVER
                     ready = True
-                    entry.leave = leave.set
-                    self._ended(entry, ready, began, None)
-                    await leave.wait()
-                    scope.deadline = current_time() + options.time_to_close
-            if scope.cancelled_caught:
-                error = TimeoutError(f"the context manager took too long to {_VERBS[ready]}")
+                    self._scopes.discard(scope)
+                    if options.context:
+                        scope.deadline = FOREVER
+                        leave = entry.leave = Event()
+                        self._ended(entry, ready, began, None)
+                        await leave.wait()
+                        scope.deadline = current_time() + options.time_to_close
+            if scope.cancelled_caught and current_time() >= scope.deadline:
+                error = TimeoutError(f"it takes too long to {_VERBS[ready]}")
         except Exception as caught:
-            error = caught
+            # To leave our scope inside of one that is still open fails, too.
+            misuse = caught.__context__
+            error = misuse if isinstance(misuse, PoolMisuse) else caught
         except BaseException as caught:
             error = ConnectionError(f"the task of a connection was ended by {caught!r}")
             raise
         finally:
             self._scopes.discard(scope)
-            if ready:
-                self._closing.context_left(entry, error)
-            else:
+            if entry.leave is None:
                 self._ended(entry, ready, began, error)
+            else:
+                self._closing.context_left(entry, error)
             del error  # break the reference cycle through the traceback
-
-    def _new_scope(self) -> CancelScope:
-        """Return the scope of an attempt.
-
-        It is not `fail_after`: on CPython 3.13, the frames of its context managers and the
-        traceback of a cancellation keep one another alive, and a half-made connection with them.
-        """
-        return CancelScope(
-            deadline=current_time() + self._core.options.connect_timeout, shield=True
-        )
 
     async def _configure(self, connection: T) -> None:
         if self._core.options.configure is not None:
             await self._core.tasks.call(self._core.options.configure, connection)
 
-    async def _call_connect(self) -> T:
-        """Call `connect`.
+    async def _call_connect(self) -> AbstractAsyncContextManager[T]:
+        """Call `connect`. Return the context manager of the connection.
 
         :raises PoolMisuse: if it has entered a cancel scope and not left it
         """
         outside = innermost_scope()
-        connection: T = await self._core.tasks.call(self._core.options.connect)
+        result = self._core.tasks.begin(self._core.options.connect)
+        if self._core.options.context:
+            return await context_of(result)
+        connection: T = await self._core.tasks.finish(result)
         if innermost_scope() is not outside:
             await self._core.tasks.call(self._core.options.close, connection)
             if innermost_scope() is not outside:
@@ -196,7 +165,7 @@ class Connecting(Generic[T]):
                 "connect() of the pool entered a task group or cancel scope and did not leave it; "
                 "return an async context manager, and give the pool context=True"
             )
-        return connection
+        return nullcontext(connection)
 
     def _ended(
         self, entry: PoolEntry[T], ready: bool, began: float, error: BaseException | None

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from weakref import ref
 
+    from anyio import Event
+
     from .._callers import CallSite
     from .._scopes import ShieldedScope
     from ._events import CloseReason
@@ -96,10 +98,10 @@ class PoolEntry(Generic[T]):
     samples: list[float] = field(default_factory=list)
     # The permit that it has from the option `limit`.
     permit: ConnectionPermit | None = None
-    # If it is an async context manager: has its task leave it.
-    leave: Callable[[], object] | None = None
-    # What is to be called then.
-    end: Callable[[], object] | None = None
+    # Why it is closed, and the error that made it useless. One that nobody closes was collected.
+    end: tuple[CloseReason, BaseException | None] = "collected", None
+    # If it is an async context manager: tells its task to leave it.
+    leave: Event | None = None
     # The scope in which its borrower resets it.
     scope: ShieldedScope | None = None
     # How long that reset may still go on, since it has been cancelled.

@@ -988,7 +988,7 @@ class TestStates:
             ("_pool._return", "_RETURNING"),
             ("_pool._reset_and_release", "_RETURNING"),
             ("_validation._finish_return", "State.IDLE"),
-            ("_closing.forget", "State.CLOSED"),
+            ("_closing._forget", "State.CLOSED"),
         }
 
 
