@@ -223,7 +223,7 @@ class Connecting(Generic[T]):
         self._core.connect_time = now - began
         self._core.statistics.observe_connect(self._core.connect_time)
         if entry.replaces is None:
-            self._validation.make_available(entry, "connect")
+            self._validation.make_available(entry, is_new=True)
         else:
             entry.enter(State.STANDBY, now)
         self._core.last_error = None

@@ -54,18 +54,15 @@ class Core(Generic[T]):
         """How many connections there are, and are being made."""
         return len(self.inventory.entries) + len(self.attempts)
 
-    def can_do_without_connect(self) -> bool:
-        """Return whether waiters may get a connection without a connect that succeeds."""
-        working = self.inventory.count(State.RETURNING, State.VALIDATING)
-        return bool(self.inventory.stale or working) or self.size >= self.options.max_size
-
     def cannot_connect(self) -> bool:
         """Return whether waiting is in vain: a mistake in a hook, or an outage and `fail_fast`."""
         if isinstance(self.last_error, PoolMisuse):
             return True
         if not (self.options.fail_fast and self.backoff.is_outage):
             return False
-        return not self.can_do_without_connect()
+        # Otherwise they may get a connection that there is.
+        working = self.inventory.count(State.RETURNING, State.VALIDATING)
+        return not (self.inventory.stale or working or self.size >= self.options.max_size)
 
     def connect_error(self) -> Exception:
         """Return the error for a caller that would wait in vain; see `cannot_connect`."""

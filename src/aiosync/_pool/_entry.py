@@ -33,7 +33,7 @@ class State(Enum):
     IDLE = "idle"
     IN_USE = "in use"
     RETURNING = "returning"  # given back; its borrower resets it, or maintenance will look at it
-    VALIDATING = "validating"  # maintenance checks or resets it
+    VALIDATING = "validating"  # maintenance checks it
     CLOSING = "closing"
     CLOSED = "closed"
 
@@ -46,7 +46,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.STANDBY: frozenset({State.IDLE, State.CLOSING}),
     State.IDLE: frozenset({State.IN_USE, State.VALIDATING, State.CLOSING}),
     State.IN_USE: frozenset({State.IDLE, State.RETURNING, State.CLOSING}),
-    State.RETURNING: frozenset({State.IDLE, State.VALIDATING, State.CLOSING}),
+    State.RETURNING: frozenset({State.IDLE, State.CLOSING}),
     State.VALIDATING: frozenset({State.IDLE, State.CLOSING}),
     State.CLOSING: frozenset({State.CLOSED}),
     State.CLOSED: frozenset(),

@@ -51,6 +51,8 @@ class BackgroundTasks:
 
         async def run() -> None:
             begun.append(True)
+            if self.forked:
+                return  # it is the parent's
             task = get_current_task().id
             self.ids.add(task)
             try:
@@ -81,7 +83,8 @@ class BackgroundTasks:
 
         :raises RuntimeError: in a forked process
         """
-        self._check_process()
+        if self.forked:
+            raise RuntimeError("the pool was opened before a fork")
         try:
             return hook(*args)
         except (Exception, get_cancelled_exc_class()):  # the latter: of a cancelled Future
@@ -90,16 +93,8 @@ class BackgroundTasks:
             return _raise(error)
 
     async def finish(self, result: Any) -> Any:
-        """Await what `begin` returned, if it is awaitable.
-
-        :raises RuntimeError: in a forked process
-        """
-        self._check_process()
+        """Await what `begin` returned, if it is awaitable."""
         return await result if isawaitable(result) else result
-
-    def _check_process(self) -> None:
-        if self.forked:
-            raise RuntimeError("the pool was opened before a fork")
 
     async def call(self, hook: Callable[..., Any], *args: object) -> Any:
         """Call a hook, and await its result if it is awaitable."""

@@ -119,18 +119,15 @@ class Maintenance(Generic[T]):
 
     def check_all(self, done: list[bool]) -> None:
         """Check all connections that are idle now, and then append to `done`."""
-        self.core.post(partial(self._check_all, done))
+        self.core.post(partial(self.core.tasks.start, self._check_all, done))
 
-    def _check_all(self, done: list[bool]) -> None:
-        def end() -> None:
+    async def _check_all(self, done: list[bool]) -> None:
+        try:
+            if self.core.options.check is not None:
+                await self.validation.check_all()
+        finally:
             done.append(True)
             wake_all(self._ready_waiters)
-
-        inventory = self.inventory
-        idle = inventory.available() if self.core.options.check is not None else []
-        if not inventory.lifo:
-            idle.reverse()  # the one that is checked last is handed out first
-        self.core.tasks.start(self.validation.check_all, idle, end)
 
     # -- The task.
 
@@ -174,7 +171,7 @@ class Maintenance(Generic[T]):
             self.closing.close(entry, reason)
         for entry in todo.check:
             if inventory.take(entry):
-                self.validation.validate(entry, "check")
+                self.validation.check(entry)
         for entry in todo.overdue:
             self.closing.end_reset(entry, now)
         for entry in todo.leaked:
@@ -194,7 +191,7 @@ class Maintenance(Generic[T]):
     def _open(self, todo: Plan) -> None:
         for entry in todo.admit:
             entry.replaces = None
-            self.validation.make_available(entry, "connect")
+            self.validation.make_available(entry, is_new=True)
         for _ in range(todo.open):
             self.connecting.connect()
         for entry in todo.replace:

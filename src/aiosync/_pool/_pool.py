@@ -45,9 +45,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The states of a pool, in the words of the errors.
+# Why a pool is not open, or will not be one day, in the words of the errors.
 _NEW = "is not open yet: use it inside of 'async with pool:'"
-_OPEN = "is open"
 _CLOSED = "is closed"
 _FORKED = "was opened before a fork, and belongs to the parent process: open one here"
 
@@ -165,13 +164,13 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         "_options",
         "_record",
         "_resets",
-        "_state",
         "_statistics",
         "_tracks_loans",
         "_validates",
         "_waiters",
         "_waits",
         "_where",
+        "_why_closed",
     )
 
     # The type of the pool follows from what `connect` returns, or awaits to.
@@ -198,7 +197,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         checked = self._options = Options(connect, context, options)
         if checked.name is None:
             checked.name = f"pool-{next(_numbers)}"
-        self._state = _NEW
+        self._why_closed = _NEW
         self._statistics = Statistics()
         self._waits = self._statistics.waits
         self._fast_acquire: bool = checked.fast_acquire
@@ -255,17 +254,17 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         :raises anyio.NoEventLoopError: if not called under asyncio or trio
         """
         where = token_getter()
-        if self._state is _FORKED:
+        if self._why_closed is _FORKED:
             raise self._not_open()
         if not self.closed:
             raise RuntimeError(f"{self.name} is open already")
-        if self._state is not _NEW:
+        if self._why_closed is not _NEW:
             self._begin_again()
         self._maintenance.begin()
         self._clock = self._maintenance.core.clock
         self._home = self._maintenance.home
         self._where = where
-        self._state = _OPEN
+        self._why_closed = _CLOSED
         _open_pools.add(self)
 
     def _begin_again(self) -> None:
@@ -288,9 +287,8 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
 
         :raises RuntimeError: if the event loop of the pool has ended before
         """
-        if self._state is _NEW or self._state is _FORKED:
+        if self._why_closed is _NEW or self._why_closed is _FORKED:
             return
-        self._state = _CLOSED
         maintenance = self._maintenance
         maintenance.inventory.close(maintenance.closed)
         maintenance.stop()
@@ -326,11 +324,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         return not self.closed and not self._maintenance.core.backoff.is_outage
 
     def _not_open(self) -> PoolClosed:
-        return PoolClosed(f"{self.name} {self._why_closed()}")
-
-    def _why_closed(self) -> str:
-        # The event loop may have ended while the pool was open.
-        return _CLOSED if self._state is _OPEN else self._state
+        return PoolClosed(f"{self.name} {self._why_closed}")
 
     def _check_open(self) -> None:
         """Complain if nobody may use the pool, or nobody on this event loop."""
@@ -348,7 +342,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
     def _leave_to_parent(self) -> None:
         if self._maintenance.finished:
             return  # it has been closed, so nothing of it is the parent's
-        self._state = _FORKED
+        self._why_closed = _FORKED
         self._maintenance.leave_to_parent()
         self._install()
 
@@ -557,7 +551,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
     def _lend(self, entry: PoolEntry[T], now: float) -> T:
         connection: Any = entry.connection
         if self._inventory.closed is not None:
-            if self._state is _FORKED:  # it was granted by the parent
+            if self._why_closed is _FORKED:  # it was granted by the parent
                 raise self._not_open()
             self._inventory.wake()  # the pool is being closed, and looks for it
         entry.state = _IN_USE
@@ -631,7 +625,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
             entry.state = _RETURNING
             entry.since = now
             if entry.expires > now and current_token() is self._home:
-                self._maintenance.validation.reset_in_call(entry)
+                self._maintenance.validation.reset_in_background(entry)
             else:
                 self._inventory.hand_over(entry)
         else:
@@ -711,7 +705,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
 
     def _refuse(self, connection: T) -> None:
         """Complain that `connection` is not borrowed, unless that does not matter."""
-        if self._state is _FORKED:
+        if self._why_closed is _FORKED:
             raise self._not_open()
         if self._inventory.reclaimed.pop(id(connection), None) is None:
             raise ValueError(
@@ -838,7 +832,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         return self._statistics.as_psycopg(self.statistics())
 
     def __repr__(self) -> str:
-        state = "open" if self._inventory.closed is None else self._why_closed()
+        state = "open" if self._inventory.closed is None else self._why_closed
         return (
             f"<aiosync.ConnectionPool {self.name!r} {state}: "
             f"{self._maintenance.core.size} of {self.max_size} connections, "

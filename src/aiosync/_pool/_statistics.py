@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections import Counter
+from copy import deepcopy
 from itertools import count
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -53,11 +54,6 @@ class _Durations:
         for duration in durations:
             self.counts[bisect_left(BOUNDS, duration)] += 1
             self.sum += duration
-
-    def copy(self) -> _Durations:
-        copy = _Durations()
-        copy.counts, copy.sum = self.counts.copy(), self.sum
-        return copy
 
     def frozen(self) -> Histogram:
         return Histogram(BOUNDS, tuple(self.counts), self.sum)
@@ -124,7 +120,7 @@ class Statistics:
         with self._lock:
             counts = self._counts.copy()
             loans = self._uses + sum(entry.uses for entry in entries)
-            use = self._use.copy()
+            use = deepcopy(self._use)
             wait, connect = self._wait.frozen(), self._connect.frozen()
         for entry in entries:
             use.add(entry.samples.copy())

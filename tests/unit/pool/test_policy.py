@@ -1082,7 +1082,7 @@ async def a_reset_that_never_starts() -> None:
         resets: list[asyncio.Task[Any]] = []
         while not resets:
             await asyncio.sleep(0)
-            resets = [each for each in asyncio.all_tasks() if each.get_name() == "db validate"]
+            resets = [each for each in asyncio.all_tasks() if each.get_name() == "db reset"]
         resets[0].cancel()
         assert await pool.acquire() is connection
         pool.release(connection)
