@@ -28,9 +28,6 @@ class Admission(Generic[T]):
     def __init__(self, core: Core[T], closing: Closing[T]) -> None:
         self._core = core
         self._closing = closing
-        # The attempts that have no permit yet, the oldest first, each with the scope of its wait.
-        # They have not begun, so they can be stopped at any time.
-        self._waiting: dict[PoolEntry[T], CancelScope] = {}
         self._unwatch: Callable[[], object] = bool
 
     def begin(self) -> None:
@@ -52,38 +49,28 @@ class Admission(Generic[T]):
     @property
     def is_waiting(self) -> bool:
         """Whether an attempt waits for a permit."""
-        return bool(self._waiting)
-
-    def join(self, entry: PoolEntry[T]) -> None:
-        """Register an attempt that will call `admit`."""
-        self._waiting[entry] = CancelScope(shield=True)
-
-    def leave(self, entry: PoolEntry[T]) -> None:
-        """Unregister an attempt that does not wait any more."""
-        self._waiting.pop(entry, None)
-        if not self._waiting:
-            self._core.inventory.wanted = False
+        has_limit = self._core.options.limit is not None
+        return has_limit and any(entry.permit is None for entry in self._core.attempts)
 
     async def admit(self, entry: PoolEntry[T]) -> bool:
         """Take a permit for the attempt `entry`. Return whether it should connect now.
 
         :raises PoolMisuse: if the limit is not ready for use, or others use it with other settings
         """
-        scope = self._waiting.get(entry)
-        if scope is None:  # stopped before its task began
-            return False
+        if entry not in self._core.attempts or self._core.stopping:
+            return False  # stopped before its task began
         try:
-            with scope:
+            with CancelScope(shield=True) as entry.scope:
                 # A replacement does not wait: the old connection keeps its permit until it closes,
                 # and the replacement is optional.
                 entry.permit = await self._core.options.limit.take_for_pool(
                     blocking=entry.replaces is None
                 )
-            self.stop_needless()
+            self.stop_needless(entry)
         except (RuntimeError, ValueError) as error:
             raise PoolMisuse(f"limit of the pool: {error}") from error
-        finally:
-            self.leave(entry)
+        if not self.is_waiting:
+            self._core.inventory.wanted = False
         if entry.permit is None or entry.state is State.CLOSED:
             return False
         entry.permit.on_loss(current_token(), partial(self._lost, entry))
@@ -94,24 +81,25 @@ class Admission(Generic[T]):
         entry.retire("limit")
         self._core.post(partial(self._closing.close, entry, "limit"))
 
-    def stop_needless(self) -> None:
-        """Stop the newest of the attempts that wait for a permit, if fewer are needed."""
-        waiting = [entry for entry in self._waiting if entry.replaces is None]
-        if not waiting:
-            return
+    def stop_needless(self, admitted: PoolEntry[T] | None = None) -> None:
+        """Stop the newest of the attempts that wait for a permit, if fewer are needed.
+
+        :param admitted: one that has just got its permit, and may be stopped too
+        """
         core = self._core
+        # They have not begun, so they can be stopped at any time.
+        waiting = [
+            entry
+            for entry in core.attempts
+            if entry.replaces is None and (entry.permit is None or entry is admitted)
+        ]
+        if core.options.limit is None or not waiting:
+            return
         for entry in waiting:
             # The attempt has not begun, so earlier drains and failures do not apply to it.
             entry.failures, entry.expires = core.backoff.failures, FOREVER
         for entry in waiting[::-1][: surplus(core.situation())]:
-            self._stop(entry)
-
-    def cancel(self) -> None:
-        """Stop the attempts that wait for a permit."""
-        for entry in [*self._waiting]:
-            self._stop(entry)
-
-    def _stop(self, entry: PoolEntry[T]) -> None:
-        # Forget it at once, so that plans do not count it. Its task ends later.
-        self._core.forget_attempt(entry)
-        self._waiting.pop(entry).cancel()
+            # Forget it at once, so that plans do not count it. Its task ends later.
+            core.forget_attempt(entry)
+            if entry.scope is not None:  # otherwise its task has not begun
+                entry.scope.cancel()

@@ -150,6 +150,12 @@ class Closing(Generic[T]):
         elif entry.grace_until <= now:
             self.discard(entry, "reset", TimeoutError("reset() can't be cancelled"))
 
+    def cancel(self, *states: State) -> None:
+        """Cancel what is done with the connections in these states."""
+        for entry in (*self._core.attempts, *self._core.inventory.entries.values()):
+            if entry.state in states and entry.scope is not None:
+                entry.scope.cancel()
+
     def close_by_force(self) -> None:
         """Close what is borrowed."""
         inventory, now = self._core.inventory, self._core.clock()

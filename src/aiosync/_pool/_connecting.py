@@ -56,8 +56,6 @@ class Connecting(Generic[T]):
         self._core = core
         self._closing = closing
         self._validation = validation
-        # Of the attempts that are running.
-        self._scopes: set[CancelScope] = set()
         self.admission = Admission(core, closing)
 
     def connect(self, replaces: PoolEntry[T] | None = None) -> None:
@@ -67,14 +65,10 @@ class Connecting(Generic[T]):
         """
         attempt: PoolEntry[T] = PoolEntry(self._core.clock(), self._core.backoff.failures, replaces)
         self._core.attempts.append(attempt)
-        if self._core.options.limit is None:
-            self._core.tasks.start(self._connect, attempt)
-        else:
-            self.admission.join(attempt)
-            self._core.tasks.start(self._admit, attempt)
+        has_limit = self._core.options.limit is not None
+        self._core.tasks.start(self._admit if has_limit else self._connect, attempt)
 
     def _give_up(self, attempt: PoolEntry[T]) -> None:
-        self.admission.leave(attempt)
         self._core.forget_attempt(attempt)
         self._core.wake()
 
@@ -94,12 +88,6 @@ class Connecting(Generic[T]):
             else:
                 self._give_up(entry)
 
-    def cancel(self) -> None:
-        """End all attempts."""
-        self.admission.cancel()
-        for scope in self._scopes:
-            scope.cancel()
-
     async def _connect(self, entry: PoolEntry[T]) -> None:
         """Connect. With the option `context`, stay inside of the context manager until the end."""
         began = entry.since
@@ -112,14 +100,14 @@ class Connecting(Generic[T]):
         scope = CancelScope(deadline=current_time() + options.connect_timeout, shield=True)
         try:
             with scope:
-                self._scopes.add(scope)
+                entry.scope = scope
                 if self._core.stopping:
                     return
                 async with await self._call_connect() as connection:
                     self._adopt(entry, connection)
                     await self._configure(connection)
                     ready = True
-                    self._scopes.discard(scope)
+                    entry.scope = None
                     if options.context:
                         scope.deadline = FOREVER
                         leave = entry.leave = Event()
@@ -136,7 +124,6 @@ class Connecting(Generic[T]):
             error = ConnectionError(f"the task of a connection was ended by {caught!r}")
             raise
         finally:
-            self._scopes.discard(scope)
             if entry.leave is None:
                 self._ended(entry, ready, began, error)
             else:

@@ -102,7 +102,7 @@ class PoolEntry(Generic[T]):
     end: tuple[CloseReason, BaseException | None] = "collected", None
     # If it is an async context manager: tells its task to leave it.
     leave: Event | None = None
-    # The scope in which its borrower resets it.
+    # The scope in which it is connected, checked or reset, or waits for a permit to connect.
     scope: ShieldedScope | None = None
     # How long that reset may still go on, since it has been cancelled.
     grace_until: float = FOREVER

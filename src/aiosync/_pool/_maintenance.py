@@ -207,7 +207,7 @@ class Maintenance(Generic[T]):
         options = core.options = copy(core.options)
         options.min_size = options.max_size = 0  # so all are to be closed
         self.inventory.close(self.closed)
-        self.connecting.cancel()
+        self.closing.cancel(State.CONNECTING, State.CONFIGURING)
         deadline = core.clock() + options.close_timeout
         cancellation: BaseException | None = None
         with CancelScope(shield=True):
@@ -216,7 +216,7 @@ class Maintenance(Generic[T]):
                 if is_late:
                     # Each time: a connection may have been on its way to a borrower.
                     self.closing.close_by_force()
-                    self.validation.cancel()
+                    self.closing.cancel(State.VALIDATING)
                     options.check_timeout = 0.0
                 look_at = self._carry_out()
                 try:

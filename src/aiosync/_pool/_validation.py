@@ -18,8 +18,6 @@ from ._entry import FOREVER, State
 from ._inventory import Disposition
 
 if TYPE_CHECKING:
-    from anyio import CancelScope
-
     from ._closing import Closing
     from ._core import Core
     from ._entry import PoolEntry
@@ -39,8 +37,6 @@ class Validation(Generic[T]):
     def __init__(self, core: Core[T], closing: Closing[T]) -> None:
         self._core = core
         self._closing = closing
-        # Of the steps that are running in tasks of the pool.
-        self._scopes: set[CancelScope] = set()
 
     def make_available(self, entry: PoolEntry[T], *, is_new: bool) -> None:
         """Make available an entry that is new, or was checked."""
@@ -97,15 +93,12 @@ class Validation(Generic[T]):
     async def _check(self, entry: PoolEntry[T], result: Any) -> None:
         error: BaseException | None = ConnectionError("check() was cancelled")
         try:
-            with fail_after(self._core.options.check_timeout, shield=True) as scope:
-                self._scopes.add(scope)
-                try:
-                    error = _refusal(await self._core.tasks.finish(result))
-                finally:
-                    self._scopes.discard(scope)
+            with fail_after(self._core.options.check_timeout, shield=True) as entry.scope:
+                error = _refusal(await self._core.tasks.finish(result))
         except Exception as caught:
             error = caught
         finally:
+            entry.scope = None
             self._validated(entry, "check", error)
             self._core.wake()
             del error  # break the reference cycle through the traceback
@@ -128,11 +121,6 @@ class Validation(Generic[T]):
                 entry.enter(State.VALIDATING, self._core.clock())
                 check = self._core.tasks.call(self._core.options.check, entry.connection)
                 await self._check(entry, check)
-
-    def cancel(self) -> None:
-        """End what runs in tasks of the pool."""
-        for scope in self._scopes:
-            scope.cancel()
 
     # -- Resets, in the task of a borrower or in one of the pool.
 
