@@ -116,10 +116,8 @@ class Closing(Generic[T]):
         """Give the slot of a connection back that was garbage collected."""
         if self._core.inventory.entries.get(entry.key) is entry:
             entry.samples.append(self._core.clock() - entry.taken)
-            try:
-                self._leaked(entry, "it was garbage collected\n" + entry.trace())
-            finally:
-                self._forget(entry)
+            self._leaked(entry, "it was garbage collected\n" + entry.trace())
+            self._forget(entry)
 
     def _leaked(self, entry: PoolEntry[T], reason: str) -> None:
         self._core.statistics.count("leaks")

@@ -14,7 +14,8 @@ from contextlib import (
     suppress,
 )
 from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import ref
 
 from anyio import CancelScope, Event, current_time
@@ -24,7 +25,6 @@ from .._scopes import abandon_scopes, innermost_scope
 from ._admission import Admission
 from ._core import copied
 from ._entry import FOREVER, Failure, PoolEntry, State
-from ._hooks import context_of
 from ._statistics import describe, log
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Connecting(Generic[T]):
             is_admitted = await self.admission.admit(entry)
         except Exception as error:
             if entry.state is State.CONNECTING:  # otherwise it was stopped
-                self._ended(entry, False, entry.since, error)
+                self._ended(entry, entry.since, error)
         except BaseException:
             self._give_up(entry)
             raise
@@ -93,7 +93,7 @@ class Connecting(Generic[T]):
         began = entry.since
         error: BaseException | None = None
         ready = False
-        options = self._core.options
+        options, leave = self._core.options, Event()
         # One scope for the whole life, since the scopes inside of it have to be left before it.
         # It is not `fail_after`: on CPython 3.13, the frames of its context managers and the
         # traceback of a cancellation keep one another alive, and a half-made connection with them.
@@ -105,13 +105,15 @@ class Connecting(Generic[T]):
                     return
                 async with await self._call_connect() as connection:
                     self._adopt(entry, connection)
-                    await self._configure(connection)
+                    if options.configure is not None:
+                        await self._core.tasks.call(options.configure, connection)
                     ready = True
                     entry.scope = None
                     if options.context:
                         scope.deadline = FOREVER
-                        leave = entry.leave = Event()
-                        self._ended(entry, ready, began, None)
+                        entry.leave = leave
+                    self._connected(entry, began)
+                    if options.context:
                         await leave.wait()
                         scope.deadline = current_time() + options.time_to_close
             if scope.cancelled_caught and current_time() >= scope.deadline:
@@ -124,15 +126,11 @@ class Connecting(Generic[T]):
             error = ConnectionError(f"the task of a connection was ended by {caught!r}")
             raise
         finally:
-            if entry.leave is None:
-                self._ended(entry, ready, began, error)
-            else:
+            if not ready:
+                self._ended(entry, began, error)
+            elif options.context:
                 self._closing.context_left(entry, error)
             del error  # break the reference cycle through the traceback
-
-    async def _configure(self, connection: T) -> None:
-        if self._core.options.configure is not None:
-            await self._core.tasks.call(self._core.options.configure, connection)
 
     async def _call_connect(self) -> AbstractAsyncContextManager[T]:
         """Call `connect`. Return the context manager of the connection.
@@ -142,7 +140,7 @@ class Connecting(Generic[T]):
         outside = innermost_scope()
         result = self._core.tasks.begin(self._core.options.connect)
         if self._core.options.context:
-            return await context_of(result)
+            return await _context_of(result)
         connection: T = await self._core.tasks.finish(result)
         if innermost_scope() is not outside:
             await self._core.tasks.call(self._core.options.close, connection)
@@ -154,17 +152,15 @@ class Connecting(Generic[T]):
             )
         return nullcontext(connection)
 
-    def _ended(
-        self, entry: PoolEntry[T], ready: bool, began: float, error: BaseException | None
-    ) -> None:
-        """Take note of the end of an attempt."""
+    def _ended(self, entry: PoolEntry[T], began: float, error: BaseException | None) -> None:
+        """Take note of the end of an attempt without a connection, because of `error` if any."""
         # Before any hook is called: a hook that raises must not prevent these.
         self._core.wake()
         self._core.statistics.count("connects")
         if entry.state is State.CONNECTING:
             self._core.forget_attempt(entry)
         else:
-            self._connected(entry, ready, began, error)
+            self._closing.discard(entry, "configure", error)
         if error is not None:
             self._failed(entry, began, error)
 
@@ -200,12 +196,9 @@ class Connecting(Generic[T]):
         entry.enter(State.CONFIGURING, now)
         entries[entry.key] = entry
 
-    def _connected(
-        self, entry: PoolEntry[T], ready: bool, began: float, error: BaseException | None
-    ) -> None:
-        if not ready:
-            self._closing.discard(entry, "configure", error)
-            return
+    def _connected(self, entry: PoolEntry[T], began: float) -> None:
+        self._core.wake()
+        self._core.statistics.count("connects")
         now = self._core.clock()
         self._core.connect_time = now - began
         self._core.statistics.observe_connect(self._core.connect_time)
@@ -236,3 +229,16 @@ class Connecting(Generic[T]):
         if begins:
             log.warning("%s: cannot connect: %s", self._core.name, describe(error))
             self._core.emit("outage", error=error)
+
+
+async def _context_of(result: Any) -> AbstractAsyncContextManager[Any]:
+    """Return the context manager that `connect` returned, or awaits to."""
+    if not hasattr(type(result), "__aenter__") and isawaitable(result):
+        result = await result
+    if not hasattr(type(result), "__aenter__"):
+        raise PoolMisuse(
+            f"connect() of a pool with context=True must return an async context manager, "
+            f"not {type(result).__name__}"
+        )
+    context: AbstractAsyncContextManager[Any] = result
+    return context

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import fail_after, get_cancelled_exc_class, get_current_task
 
-from .._errors import PoolMisuse
 from .._park import start_background_task
 from ._statistics import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from contextlib import AbstractAsyncContextManager
 
 
 class BackgroundTasks:
@@ -123,16 +121,3 @@ async def _raise(error: BaseException) -> None:
         raise error
     finally:
         del error  # break the reference cycle through the traceback
-
-
-async def context_of(result: Any) -> AbstractAsyncContextManager[Any]:
-    """Return the context manager that `connect` returned, or awaits to."""
-    if not hasattr(type(result), "__aenter__") and isawaitable(result):
-        result = await result
-    if not hasattr(type(result), "__aenter__"):
-        raise PoolMisuse(
-            f"connect() of a pool with context=True must return an async context manager, "
-            f"not {type(result).__name__}"
-        )
-    context: AbstractAsyncContextManager[Any] = result
-    return context

@@ -62,6 +62,7 @@ class Maintenance(Generic[T]):
 
     def stop(self) -> None:
         """Begin to close everything."""
+        self.inventory.close(self.closed)
         self.core.stopping = True
         self.core.wake()
 
@@ -179,10 +180,8 @@ class Maintenance(Generic[T]):
         self._open(todo)
         if not self.connecting.admission.is_waiting:
             inventory.wanted = False
-        if todo.check or todo.admit:
-            self.core.wake()  # the plan does not know when they are next due
-        elif todo.close and inventory.count(State.STANDBY):
-            self.core.wake()  # the place of a replacement may be free
+        if todo.check or todo.admit or todo.close:
+            self.core.wake()  # the plan does not know what comes of that
         inventory.has_capacity = todo.has_capacity
         if self.is_ready() or self.core.cannot_connect():
             wake_all(self._ready_waiters)

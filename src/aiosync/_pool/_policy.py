@@ -184,17 +184,12 @@ def _validate(s: Snapshot, p: Plan, now: float) -> None:
         p.look(now + s.options.keepalive)
 
 
-def reset_end(entry: PoolEntry[Any], check_timeout: float) -> float:
-    """Return until when the borrower of an entry may reset it."""
-    is_cancelled = entry.grace_until != FOREVER
-    return entry.grace_until if is_cancelled else entry.since + check_timeout
-
-
 def _supervise(s: Snapshot, p: Plan, now: float) -> None:
     """Find those that a borrower has for too long, or resets for too long."""
     for entry in s.entries:
         if entry.state is State.RETURNING:
-            end = reset_end(entry, s.options.check_timeout)
+            is_cancelled = entry.grace_until != FOREVER
+            end = entry.grace_until if is_cancelled else entry.since + s.options.check_timeout
             if end <= now:
                 p.overdue.append(entry)
                 p.look(now + GRACE)
@@ -223,10 +218,11 @@ def _open(s: Snapshot, p: Plan, now: float) -> None:
         number = max(number, 1)
     limit = min(limit, s.options.max_connecting - len(connecting))
     p.open = max(0, int(min(number, room, limit)))
+    is_replacing = any(entry.replaces is not None for entry in (*s.attempts, *s.entries))
+    extra = 1 if s.options.overlap and not is_replacing else 0
     for entry in renew:
         if s.backoff.failures or p.open + len(p.replace) >= limit:
             break
-        extra = 1 if s.options.overlap and not _replacements(s) else 0
         if p.open + len(p.replace) >= room + extra:
             break
         p.replace.append(entry)
@@ -248,10 +244,6 @@ def surplus(s: Snapshot) -> int:
     )
     size = sum(entry.replaces is None for entry in all_but_closing)
     return max(coming - needed, size - s.options.max_size, 0)
-
-
-def _replacements(s: Snapshot) -> list[PoolEntry[Any]]:
-    return [entry for entry in (*s.attempts, *s.entries) if entry.replaces is not None]
 
 
 def _to_renew(s: Snapshot, p: Plan, now: float) -> list[PoolEntry[Any]]:

@@ -22,7 +22,6 @@ from .._park import (
     checkpoint,
     current_token,
     ki_protected,
-    loop_ended,
     task_waiter,
     thread_waiter,
     token_getter,
@@ -290,7 +289,6 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         if self._why_closed is _NEW or self._why_closed is _FORKED:
             return
         maintenance = self._maintenance
-        maintenance.inventory.close(maintenance.closed)
         maintenance.stop()
         if maintenance.lost_loop:
             raise RuntimeError(
@@ -507,28 +505,25 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
 
         :raises PoolTimeout: if that would be in vain; or another exception, see `acquire`
         """
-        core = self._maintenance.core
-        if core.cannot_connect():
-            self._refuse_request()
-            raise core.connect_error()
+        core, most = self._maintenance.core, self._options.max_waiting
         if not is_task:
             self._check_loop()
-        if 0 < self._options.max_waiting <= len(self._waiters):
-            self._refuse_request()
-            raise TooManyRequests(
-                f"{self._options.max_waiting} wait for a connection of {self.name} already"
-            )
-
-    def _refuse_request(self) -> None:
+        if core.cannot_connect():
+            error = core.connect_error()
+        elif 0 < most <= len(self._waiters):
+            error = TooManyRequests(f"{most} wait for a connection of {self.name} already")
+        else:
+            return
         self._statistics.count("requests_errors")
         self._statistics.count("refusals")
+        raise error
 
     def _check_loop(self) -> None:
         """Check that a thread is served by somebody.
 
         :raises PoolClosed: if the event loop of the pool has ended
         """
-        if loop_ended(self._home):
+        if self._maintenance.lost_loop:
             raise PoolClosed(f"the event loop of {self.name} has ended, without closing the pool")
 
     def _count_wait(self, outcome: str, began: float) -> None:

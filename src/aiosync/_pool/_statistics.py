@@ -36,7 +36,7 @@ BATCH = 255
 _MOST = 5
 
 # The fields of `PoolStatistics` that are counted by name. Others are "requests_errors", for
-# `as_psycopg`, and "closed_" with the reason.
+# `as_psycopg`, "closed_" with the reason, and "loans" of closed connections.
 _COUNTED = (
     "refusals", "timeouts", "cancelled", "errors", "connects", "connect_errors", "failed_checks",
     "failed_resets", "failed_closes", "leaks",
@@ -74,8 +74,6 @@ class Statistics:
         self._wait, self._use, self._connect = _Durations(), _Durations(), _Durations()
         # For new connections.
         self.numbers = count(1)
-        # How often closed connections were borrowed.
-        self._uses = 0
 
     def count(self, name: str) -> None:
         with self._lock:
@@ -104,7 +102,7 @@ class Statistics:
         """Keep the sums of an entry that has been closed."""
         self.flush(entry)
         with self._lock:
-            self._uses += entry.uses
+            self._counts["loans"] += entry.uses
 
     def snapshot(
         self, inventory: Inventory[Any], options: Options, connecting: int
@@ -119,7 +117,7 @@ class Statistics:
         self.fold_waits()
         with self._lock:
             counts = self._counts.copy()
-            loans = self._uses + sum(entry.uses for entry in entries)
+            loans = counts["loans"] + sum(entry.uses for entry in entries)
             use = deepcopy(self._use)
             wait, connect = self._wait.frozen(), self._connect.frozen()
         for entry in entries:
