@@ -145,7 +145,7 @@ class Closing(Generic[T]):
             entry.grace_until = now + GRACE
             if entry.scope is not None:  # otherwise its borrower was interrupted just before
                 entry.scope.cancel()
-        elif entry.grace_until <= now:
+        else:
             self.discard(entry, "reset", TimeoutError("reset() can't be cancelled"))
 
     def cancel(self, *states: State) -> None:

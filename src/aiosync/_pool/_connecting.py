@@ -115,7 +115,7 @@ class Connecting(Generic[T]):
                     self._connected(entry, began)
                     if options.context:
                         await leave.wait()
-                        scope.deadline = current_time() + options.time_to_close
+                    scope.deadline = current_time() + options.time_to_close
             if scope.cancelled_caught and current_time() >= scope.deadline:
                 error = TimeoutError(f"it takes too long to {_VERBS[ready]}")
         except Exception as caught:

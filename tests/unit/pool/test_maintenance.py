@@ -546,6 +546,13 @@ class TestAForkedProcess:
         with pytest.raises(RuntimeError, match="before a fork"):
             tasks.begin(calls.append, 1)
         tasks.notify(1.0, calls.append, 1)
+
+        async def work() -> None:
+            calls.append(2)
+
+        tasks.start(work)
+        while tasks.pending:
+            await anyio.sleep(0)
         assert calls == []
 
     async def test_connections_are_not_closed(self) -> None:
