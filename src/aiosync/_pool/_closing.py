@@ -97,7 +97,8 @@ class Closing(Generic[T]):
         """Give the slot of a closed connection back."""
         entry.state = State.CLOSED
         # An error that stays would keep itself and the connection alive by its traceback.
-        (reason, error), entry.end = entry.end, ("collected", None)
+        reason, error = entry.end
+        entry.end = "collected", None
         self._core.give_back_permit(entry)
         self._core.inventory.entries.pop(entry.key, None)
         entry.ref = None  # nobody needs to know when it is collected
