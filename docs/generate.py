@@ -39,11 +39,10 @@ REASONS = {
     (State.IN_USE, State.IDLE): "it is given back, and there is nothing to reset",
     (State.IN_USE, State.RETURNING): "it is given back, to be reset or closed",
     (State.IN_USE, State.CLOSING): "the pool is closed, and its borrower has taken too long",
-    (State.RETURNING, State.IDLE): "`reset` has succeeded, in the task of its borrower",
-    (State.RETURNING, State.VALIDATING): "a task of the pool resets it",
+    (State.RETURNING, State.IDLE): "`reset` has succeeded",
     (State.RETURNING, State.CLOSING): "`reset` has failed, or the connection is too old",
-    (State.VALIDATING, State.IDLE): "`check` or `reset` has succeeded",
-    (State.VALIDATING, State.CLOSING): "`check` or `reset` has failed",
+    (State.VALIDATING, State.IDLE): "`check` has succeeded",
+    (State.VALIDATING, State.CLOSING): "`check` has failed",
     (State.CLOSING, State.CLOSED): "`close` has returned or failed",
 }
 

@@ -419,7 +419,7 @@ class AConnectionIsReplacedBeforeItHasToGo(AnIdleConnection):
     """The replacement is in excess of `max_size`, until the victim and all others let go."""
 
     async def meanwhile(self) -> None:
-        (old,) = self.pool._inventory.open()
+        (old,) = self.pool._inventory.entries.values()
         old.expires = self.pool._clock() + 0.5
         old.created = old.expires - 3600
         self.pool._maintenance.core.wake()
@@ -1203,7 +1203,7 @@ class TestABackgroundTaskThatIsCancelledBeforeItHasBegun:
         assert ends(lambda: asyncio.run(main()))
         assert backend.open == 0
 
-    @pytest.mark.parametrize("work", ["connect", "validate", "close", "check_all"])
+    @pytest.mark.parametrize("work", ["connect", "reset", "close", "check_all"])
     def test_a_child_costs_no_slot(self, work: str) -> None:
         backend = SteppingBackend()
 
@@ -1211,7 +1211,7 @@ class TestABackgroundTaskThatIsCancelledBeforeItHasBegun:
             async with backend.pool("check", "reset", min_size=1, check_idle=None) as pool:
                 if work != "connect":
                     connection = await pool.acquire()
-                    if work == "validate":
+                    if work == "reset":
                         pool.release(connection)
                     elif work == "close":
                         pool.discard(connection)

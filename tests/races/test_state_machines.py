@@ -1309,11 +1309,15 @@ class PoolModel(Model[Borrower]):
         self.fail_all(PoolClosed)
 
     def shut_down(self) -> None:
+        for link in self.snapshot():
+            if self.spoils_at(link) <= self.now:
+                self.close_spoiled(link)
         for link in [*self.snapshot(), *self.standby]:
             self.close(link, "shutdown")
         self.standby.clear()
         for link in self.links.values():
-            link.retire("shutdown")
+            if link.expires > self.now:
+                link.retire("shutdown")
         self.counts["connections_num"] += len(self.opening)
         self.opening.clear()
         if self.closing is not None and self.closing <= self.now:
@@ -1831,7 +1835,7 @@ class PoolMachine(Machine[PoolModel]):
         self.agree(self.pool.closed, model.closing is not None)
         if model.closing is None:
             self.agree(self.pool.healthy, not model.outage)
-            assert not self.pool._maintenance._mailbox.items
+            assert not self.pool._inventory.jobs.items
             served = sum(service.borrower is None for service in model.serving)
             tasks = 1 + len(model.opening) + served + len(leaving)
             self.agree(len(self.pool._maintenance.core.tasks.pending), tasks)

@@ -981,7 +981,7 @@ MISTAKES: list[Any] = [
     ),
     *mistake(
         "nobody looks after a close",
-        Closing.forget,
+        Closing._forget,
         "self._core.wake()",
         "pass",
         a_dead_connection_with_one_in_line,

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import repeat
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -812,9 +813,10 @@ class Idle:
         # How many were idle when maintenance was told, and whether the inventory was closed.
         self.calls: list[tuple[int, bool]] = []
         self.reason = Failure(RuntimeError)
-        self.queue: Inventory[str] = Inventory(
-            FOREVER, FOREVER, True, self.reason, self.tell, self.tell, self.tell
-        )
+        options: Any = SimpleNamespace(max_idle=FOREVER, fresh=FOREVER, lifo=True, is_closed=None)
+        self.queue: Inventory[str] = Inventory(options, self.reason)
+        jobs: Any = SimpleNamespace(post=self.tell)
+        self.queue.jobs = jobs
         self.queue.closed = None
         self.entry: PoolEntry[str] = PoolEntry(0.0)
         self.entry.connection = self.entry.kept = "connection"
@@ -822,7 +824,7 @@ class Idle:
         self.entry.fresh_until = FOREVER
         self.got: list[object] = []
 
-    def tell(self, *_: object) -> None:
+    def tell(self, _: object) -> None:
         self.calls.append((self.queue.idle(), self.queue.closed is not None))
 
     def borrow(self) -> None:

@@ -8,7 +8,6 @@ import math
 import random
 import time
 from collections import Counter
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -107,8 +106,7 @@ class PoolStorm:
         """Let all connections be replaced by those that last."""
         core = self.pool._maintenance.core
         core.options.max_lifetime = 3600
-        core.limits = replace(core.limits, max_idle=3600)
-        core.inventory.max_idle = 3600
+        core.options.max_idle = core.inventory.max_idle = 3600
         await self.pool.resize(1, 4)
         await self.pool.drain()
 

@@ -502,7 +502,12 @@ class _AsyncioLoop(_Loop):
             task.cancel()
             return True
         self._told[actor.scope] = self._happened
+        # The pool may have cancelled its reset just before, from which this scope is shielded.
+        was_cancelled = self._is_cancelled(task)
         actor.scope.cancel()
+        return self._is_cancelled(task) and not was_cancelled
+
+    def _is_cancelled(self, task: Any) -> bool:
         waiter = task._fut_waiter
         return bool(task._must_cancel or (waiter is not None and waiter.cancelled()))
 

@@ -150,10 +150,10 @@ class ObservedValidation(ValidationBase[T]):
         self._tell(entry)
         super()._finish_return(entry)
 
-    def validate(self, entry: PoolEntry[T], step: Literal["check", "reset"]) -> None:
-        """See `Validation.validate`."""
-        self._begun[entry] = step, real_clock()
-        super().validate(entry, step)
+    def check(self, entry: PoolEntry[T]) -> None:
+        """See `Validation.check`."""
+        self._begun[entry] = "check", real_clock()
+        super().check(entry)
 
     def _validated(
         self, entry: PoolEntry[T], step: Literal["check", "reset"], error: BaseException | None

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from anyio import CancelScope
 
 from .._errors import PoolMisuse
 from .._park import current_token
-from ._entry import State
-from ._policy import Snapshot, surplus
+from ._entry import FOREVER, State
+from ._policy import surplus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ._closing import Closing
     from ._core import Core
     from ._entry import PoolEntry
 
@@ -24,18 +25,13 @@ T = TypeVar("T")
 class Admission(Generic[T]):
     """Takes a permit of the option `limit` before each connect."""
 
-    def __init__(self, core: Core[T]) -> None:
+    def __init__(self, core: Core[T], closing: Closing[T]) -> None:
         self._core = core
-        # The attempts that have no permit yet, the oldest first, each with the scope of its wait.
-        # They have not begun, so they can be stopped at any time.
-        self._waiting: dict[PoolEntry[T], CancelScope] = {}
-        # Closes an entry, at the latest when its borrower gives it back.
-        self._close: Callable[[PoolEntry[T], Any], object] = _ignore
+        self._closing = closing
         self._unwatch: Callable[[], object] = bool
 
-    def begin(self, close: Callable[[PoolEntry[T], Any], object]) -> None:
+    def begin(self) -> None:
         """Close an idle connection from time to time while other pools wait for a permit."""
-        self._close = close
         limit = self._core.options.limit
         if limit is not None:
             self._unwatch = limit.watch_contention(partial(self._core.post, self._yield_one))
@@ -48,43 +44,33 @@ class Admission(Generic[T]):
         inventory = self._core.inventory
         if not inventory.waiters:
             for entry in inventory.available()[:1]:
-                self._close(entry, "limit")
+                self._closing.close(entry, "limit")
 
     @property
     def is_waiting(self) -> bool:
         """Whether an attempt waits for a permit."""
-        return bool(self._waiting)
-
-    def join(self, entry: PoolEntry[T]) -> None:
-        """Register an attempt that will call `admit`."""
-        self._waiting[entry] = CancelScope(shield=True)
-
-    def leave(self, entry: PoolEntry[T]) -> None:
-        """Unregister an attempt that does not wait any more."""
-        self._waiting.pop(entry, None)
-        if not self._waiting:
-            self._core.wanted = False
+        has_limit = self._core.options.limit is not None
+        return has_limit and any(entry.permit is None for entry in self._core.attempts)
 
     async def admit(self, entry: PoolEntry[T]) -> bool:
         """Take a permit for the attempt `entry`. Return whether it should connect now.
 
         :raises PoolMisuse: if the limit is not ready for use, or others use it with other settings
         """
-        scope = self._waiting.get(entry)
-        if scope is None:  # stopped before its task began
-            return False
+        if entry not in self._core.attempts or self._core.stopping:
+            return False  # stopped before its task began
         try:
-            with scope:
+            with CancelScope(shield=True) as entry.scope:
                 # A replacement does not wait: the old connection keeps its permit until it closes,
                 # and the replacement is optional.
                 entry.permit = await self._core.options.limit.take_for_pool(
                     blocking=entry.replaces is None
                 )
-            self.stop_needless()
+            self.stop_needless(entry)
         except (RuntimeError, ValueError) as error:
             raise PoolMisuse(f"limit of the pool: {error}") from error
-        finally:
-            self.leave(entry)
+        if not self.is_waiting:
+            self._core.inventory.wanted = False
         if entry.permit is None or entry.state is State.CLOSED:
             return False
         entry.permit.on_loss(current_token(), partial(self._lost, entry))
@@ -93,37 +79,27 @@ class Admission(Generic[T]):
 
     def _lost(self, entry: PoolEntry[T]) -> None:
         entry.retire("limit")
-        self._core.post(partial(self._close, entry, "limit"))
+        self._core.post(partial(self._closing.close, entry, "limit"))
 
-    def stop_needless(self) -> None:
-        """Stop the newest of the attempts that wait for a permit, if fewer are needed."""
-        waiting = [entry for entry in self._waiting if entry.replaces is None]
-        if not waiting:
-            return
+    def stop_needless(self, admitted: PoolEntry[T] | None = None) -> None:
+        """Stop the newest of the attempts that wait for a permit, if fewer are needed.
+
+        :param admitted: one that has just got its permit, and may be stopped too
+        """
         core = self._core
+        # They have not begun, so they can be stopped at any time.
+        waiting = [
+            entry
+            for entry in core.attempts
+            if entry.replaces is None and (entry.permit is None or entry is admitted)
+        ]
+        if core.options.limit is None or not waiting:
+            return
         for entry in waiting:
             # The attempt has not begun, so earlier drains and failures do not apply to it.
-            entry.failures, entry.generation = core.backoff.failures, core.generation
-        snapshot = Snapshot(
-            limits=core.limits,
-            entries=list(core.inventory.entries.copy().values()),
-            attempts=core.attempts,
-            waiting=max(len(core.inventory.waiters), core.wanted),
-            backoff=core.backoff,
-        )
-        for entry in waiting[::-1][: surplus(snapshot)]:
-            self._stop(entry)
-
-    def cancel(self) -> None:
-        """Stop the attempts that wait for a permit."""
-        for entry in [*self._waiting]:
-            self._stop(entry)
-
-    def _stop(self, entry: PoolEntry[T]) -> None:
-        # Forget it at once, so that plans do not count it. Its task ends later.
-        self._core.forget_attempt(entry)
-        self._waiting.pop(entry).cancel()
-
-
-def _ignore(*_: object) -> None:
-    """Do nothing."""
+            entry.failures, entry.expires = core.backoff.failures, FOREVER
+        for entry in waiting[::-1][: surplus(core.situation())]:
+            # Forget it at once, so that plans do not count it. Its task ends later.
+            core.forget_attempt(entry)
+            if entry.scope is not None:  # otherwise its task has not begun
+                entry.scope.cancel()

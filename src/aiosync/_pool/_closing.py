@@ -10,7 +10,7 @@ from anyio import fail_after, get_cancelled_exc_class
 
 from .._park import ki_protected
 from ._entry import FOREVER, State
-from ._policy import GRACE, reset_end
+from ._policy import GRACE
 from ._statistics import describe, log
 
 if TYPE_CHECKING:
@@ -27,6 +27,13 @@ class Closing(Generic[T]):
     def __init__(self, core: Core[T]) -> None:
         self._core = core
 
+    def close(self, entry: PoolEntry[T], reason: CloseReason) -> None:
+        """Close an entry, at the latest when its borrower gives it back."""
+        if entry.state is State.STANDBY or self._core.inventory.take(entry):
+            self.discard(entry, reason)
+        elif reason != "idle" or entry.renewed:  # otherwise it is on its way to a waiter
+            entry.retire(reason)
+
     def discard(
         self, entry: PoolEntry[T], reason: CloseReason, error: BaseException | None = None
     ) -> None:
@@ -40,56 +47,44 @@ class Closing(Generic[T]):
             log.info("%s: check failed: %s", self._core.name, describe(error))
         elif reason == "forced":
             log.warning("%s: closing a connection that is borrowed", self._core.name)
-        self._begin_to_close(entry, reason, error)
-
-    def _begin_to_close(
-        self, entry: PoolEntry[T], reason: CloseReason, error: BaseException | None
-    ) -> None:
+        entry.end = reason, error
         try:
             result = self._core.tasks.begin(self._core.options.close, entry.alive())
         except (Exception, get_cancelled_exc_class()) as failure:
             self._close_failed(entry, failure)
         else:
             if isawaitable(result):
-                self._core.tasks.start(self._close, result, entry, reason, error)
+                self._core.tasks.start(self._close, entry, result)
                 return
-        self._end(entry, reason, error)
+        self._end(entry)
 
-    async def _close(
-        self,
-        result: Any,
-        entry: PoolEntry[T],
-        reason: CloseReason,
-        error: BaseException | None,
-    ) -> None:
+    async def _close(self, entry: PoolEntry[T], result: Any) -> None:
         try:
             with fail_after(self._core.options.time_to_close, shield=True):
                 await self._core.tasks.finish(result)
         except Exception as failure:
             self._close_failed(entry, failure)
         finally:
-            self._end(entry, reason, error)
+            self._end(entry)
 
     def _close_failed(self, entry: PoolEntry[T], failure: BaseException) -> None:
         self._core.statistics.count("failed_closes")
         log.warning("%s: close failed: %s", self._core.name, describe(failure))
         self._core.emit("close_failed", entry, error=failure)
 
-    def _end(self, entry: PoolEntry[T], reason: CloseReason, error: BaseException | None) -> None:
-        leave = entry.leave
-        if leave is None:
-            self.forget(entry, reason, error)
+    def _end(self, entry: PoolEntry[T]) -> None:
+        if entry.leave is None:
+            self._forget(entry)
         else:
-            entry.end = partial(self.forget, entry, reason, error)
-            leave()
+            entry.leave.set()
 
     def context_left(self, entry: PoolEntry[T], error: BaseException | None) -> None:
         """Take note that the task of a context manager has left it, because of `error` if any."""
-        end, entry.end, entry.leave = entry.end, None, None
-        if end is not None:
+        leave, entry.leave = entry.leave, None
+        if leave is not None and leave.is_set():
             if error is not None:
                 self._close_failed(entry, error)
-            end()
+            self._forget(entry)
             return
         # It has ended by itself.
         log.warning("%s: a connection has ended: %s", self._core.name, describe(error))
@@ -98,11 +93,12 @@ class Closing(Generic[T]):
         else:
             entry.retire("check")
 
-    def forget(
-        self, entry: PoolEntry[T], reason: CloseReason, error: BaseException | None = None
-    ) -> None:
+    def _forget(self, entry: PoolEntry[T]) -> None:
         """Give the slot of a closed connection back."""
         entry.state = State.CLOSED
+        # An error that stays would keep itself and the connection alive by its traceback.
+        reason, error = entry.end
+        entry.end = "collected", None
         self._core.give_back_permit(entry)
         self._core.inventory.entries.pop(entry.key, None)
         entry.ref = None  # nobody needs to know when it is collected
@@ -121,10 +117,8 @@ class Closing(Generic[T]):
         """Give the slot of a connection back that was garbage collected."""
         if self._core.inventory.entries.get(entry.key) is entry:
             entry.samples.append(self._core.clock() - entry.taken)
-            try:
-                self._leaked(entry, "it was garbage collected\n" + entry.trace())
-            finally:
-                self.forget(entry, "collected")
+            self._leaked(entry, "it was garbage collected\n" + entry.trace())
+            self._forget(entry)
 
     def _leaked(self, entry: PoolEntry[T], reason: str) -> None:
         self._core.statistics.count("leaks")
@@ -144,36 +138,22 @@ class Closing(Generic[T]):
         )
         self._leaked(entry, stack)
 
-    # -- Resets that take too long and, when the pool is closed, all connections.
+    # -- What takes too long.
 
     def end_reset(self, entry: PoolEntry[T], now: float) -> None:
         """Cancel a reset that takes too long; take its connection over if it ignores that."""
         if entry.grace_until == FOREVER:
             entry.grace_until = now + GRACE
-            self._core.reset_deadline = min(self._core.reset_deadline, entry.grace_until)
             if entry.scope is not None:  # otherwise its borrower was interrupted just before
                 entry.scope.cancel()
-        elif entry.grace_until <= now:
+        else:
             self.discard(entry, "reset", TimeoutError("reset() can't be cancelled"))
 
-    def close_idle(self) -> None:
-        """Close the idle connections; each of the others is closed when it comes back."""
-        for entry in list(self._core.inventory.entries.values()):
-            if entry.state is State.STANDBY or self._core.inventory.take(entry):
-                self.discard(entry, "shutdown")
-            else:
-                entry.retire("shutdown")
-
-    def end_resets(self, every: bool) -> float:
-        """End resets by borrowers, or those that take too long; return when to look again."""
-        now, timeout = self._core.clock(), self._core.limits.check_timeout
-        look_at = FOREVER
-        for entry in list(self._core.inventory.entries.values()):
-            if entry.state is State.RETURNING and entry.scope is not None:
-                if every or reset_end(entry, timeout) <= now:
-                    self.end_reset(entry, now)
-                look_at = min(look_at, reset_end(entry, timeout))
-        return look_at
+    def cancel(self, *states: State) -> None:
+        """Cancel what is done with the connections in these states."""
+        for entry in (*self._core.attempts, *self._core.inventory.entries.values()):
+            if entry.state in states and entry.scope is not None:
+                entry.scope.cancel()
 
     def close_by_force(self) -> None:
         """Close what is borrowed."""

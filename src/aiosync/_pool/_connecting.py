@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import os
 import random
-from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager, suppress
+from contextlib import (
+    _AsyncGeneratorContextManager,
+    _GeneratorContextManager,
+    nullcontext,
+    suppress,
+)
 from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import ref
 
 from anyio import CancelScope, Event, current_time
@@ -19,11 +25,10 @@ from .._scopes import abandon_scopes, innermost_scope
 from ._admission import Admission
 from ._core import copied
 from ._entry import FOREVER, Failure, PoolEntry, State
-from ._hooks import context_of
 from ._statistics import describe, log
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
 
     from ._closing import Closing
     from ._core import Core
@@ -40,8 +45,8 @@ if hasattr(os, "register_at_fork"):
 _LIFETIME_JITTER = 0.025
 
 
-# What a context manager takes too long to do, by whether its connection is ready.
-_VERBS = {False: "enter", True: "leave"}
+# What takes too long, by whether the connection is ready.
+_VERBS = {False: "connect", True: "leave the context manager"}
 
 
 class Connecting(Generic[T]):
@@ -51,145 +56,92 @@ class Connecting(Generic[T]):
         self._core = core
         self._closing = closing
         self._validation = validation
-        # Of the attempts that are running.
-        self._scopes: set[CancelScope] = set()
-        self.admission = Admission(core)
+        self.admission = Admission(core, closing)
 
     def connect(self, replaces: PoolEntry[T] | None = None) -> None:
         """Begin to open a connection.
 
         :param replaces: the one that it is to replace, in excess of `max_size`
         """
-        attempt: PoolEntry[T] = PoolEntry(
-            self._core.clock(), self._core.backoff.failures, self._core.generation, replaces
-        )
+        attempt: PoolEntry[T] = PoolEntry(self._core.clock(), self._core.backoff.failures, replaces)
         self._core.attempts.append(attempt)
-        connect = self._connect_context if self._core.options.context else self._connect
-        if self._core.options.limit is None:
-            self._core.tasks.start(connect, attempt)
-        else:
-            self.admission.join(attempt)
-            self._core.tasks.start(self._admit, connect, attempt)
+        has_limit = self._core.options.limit is not None
+        self._core.tasks.start(self._admit if has_limit else self._connect, attempt)
 
     def _give_up(self, attempt: PoolEntry[T]) -> None:
-        self.admission.leave(attempt)
         self._core.forget_attempt(attempt)
         self._core.wake()
 
-    async def _admit(
-        self, connect: Callable[[PoolEntry[T]], Awaitable[None]], entry: PoolEntry[T]
-    ) -> None:
+    async def _admit(self, entry: PoolEntry[T]) -> None:
         """Connect, if there is a permit of `limit`."""
         try:
             is_admitted = await self.admission.admit(entry)
         except Exception as error:
             if entry.state is State.CONNECTING:  # otherwise it was stopped
-                self._ended(entry, False, entry.since, error)
+                self._ended(entry, entry.since, error)
         except BaseException:
             self._give_up(entry)
             raise
         else:
             if is_admitted:
-                await connect(entry)
+                await self._connect(entry)
             else:
                 self._give_up(entry)
 
-    def cancel(self) -> None:
-        """End all attempts."""
-        self.admission.cancel()
-        for scope in self._scopes:
-            scope.cancel()
-
     async def _connect(self, entry: PoolEntry[T]) -> None:
+        """Connect. With the option `context`, stay inside of the context manager until the end."""
         began = entry.since
         error: BaseException | None = None
         ready = False
-        scope = self._new_scope()
+        options, leave = self._core.options, Event()
+        # One scope for the whole life, since the scopes inside of it have to be left before it.
+        # It is not `fail_after`: on CPython 3.13, the frames of its context managers and the
+        # traceback of a cancellation keep one another alive, and a half-made connection with them.
+        scope = CancelScope(deadline=current_time() + options.connect_timeout, shield=True)
         try:
             with scope:
-                self._scopes.add(scope)
-                try:
-                    if self._core.stopping:
-                        return
-                    connection = await self._call_connect()
+                entry.scope = scope
+                if self._core.stopping:
+                    return
+                async with await self._call_connect() as connection:
                     self._adopt(entry, connection)
-                    await self._configure(connection)
+                    if options.configure is not None:
+                        await self._core.tasks.call(options.configure, connection)
                     ready = True
-                finally:
-                    self._scopes.discard(scope)
+                    entry.scope = None
+                    if options.context:
+                        scope.deadline = FOREVER
+                        entry.leave = leave
+                    self._connected(entry, began)
+                    if options.context:
+                        await leave.wait()
+                    scope.deadline = current_time() + options.time_to_close
             if scope.cancelled_caught and current_time() >= scope.deadline:
-                error = TimeoutError()
+                error = TimeoutError(f"it takes too long to {_VERBS[ready]}")
         except Exception as caught:
             # To leave our scope inside of one that is still open fails, too.
             misuse = caught.__context__
             error = misuse if isinstance(misuse, PoolMisuse) else caught
         except BaseException as caught:
-            error = ConnectionError(f"connect() or configure() was ended by {caught!r}")
-            raise
-        finally:
-            self._ended(entry, ready, began, error)
-            del error  # break the reference cycle through the traceback
-
-    async def _connect_context(self, entry: PoolEntry[T]) -> None:
-        """Do what `_connect` does, and stay inside of the context manager until it is closed."""
-        began = entry.since
-        ready = False
-        error: BaseException | None = None
-        leave = Event()
-        options = self._core.options
-        # One scope for the whole life, since the scopes inside of it have to be left before it.
-        scope = self._new_scope()
-        try:
-            with scope:
-                self._scopes.add(scope)
-                if self._core.stopping:
-                    return
-                async with await context_of(self._core.tasks.begin(options.connect)) as connection:
-                    self._adopt(entry, connection)
-                    await self._configure(connection)
-                    self._scopes.discard(scope)
-                    scope.deadline = FOREVER
-                    ready = True
-                    entry.leave = leave.set
-                    self._ended(entry, ready, began, None)
-                    await leave.wait()
-                    scope.deadline = current_time() + options.time_to_close
-            if scope.cancelled_caught:
-                error = TimeoutError(f"the context manager took too long to {_VERBS[ready]}")
-        except Exception as caught:
-            error = caught
-        except BaseException as caught:
             error = ConnectionError(f"the task of a connection was ended by {caught!r}")
             raise
         finally:
-            self._scopes.discard(scope)
-            if ready:
+            if not ready:
+                self._ended(entry, began, error)
+            elif options.context:
                 self._closing.context_left(entry, error)
-            else:
-                self._ended(entry, ready, began, error)
             del error  # break the reference cycle through the traceback
 
-    def _new_scope(self) -> CancelScope:
-        """Return the scope of an attempt.
-
-        It is not `fail_after`: on CPython 3.13, the frames of its context managers and the
-        traceback of a cancellation keep one another alive, and a half-made connection with them.
-        """
-        return CancelScope(
-            deadline=current_time() + self._core.options.connect_timeout, shield=True
-        )
-
-    async def _configure(self, connection: T) -> None:
-        if self._core.options.configure is not None:
-            await self._core.tasks.call(self._core.options.configure, connection)
-
-    async def _call_connect(self) -> T:
-        """Call `connect`.
+    async def _call_connect(self) -> AbstractAsyncContextManager[T]:
+        """Call `connect`. Return the context manager of the connection.
 
         :raises PoolMisuse: if it has entered a cancel scope and not left it
         """
         outside = innermost_scope()
-        connection: T = await self._core.tasks.call(self._core.options.connect)
+        result = self._core.tasks.begin(self._core.options.connect)
+        if self._core.options.context:
+            return await _context_of(result)
+        connection: T = await self._core.tasks.finish(result)
         if innermost_scope() is not outside:
             await self._core.tasks.call(self._core.options.close, connection)
             if innermost_scope() is not outside:
@@ -198,19 +150,17 @@ class Connecting(Generic[T]):
                 "connect() of the pool entered a task group or cancel scope and did not leave it; "
                 "return an async context manager, and give the pool context=True"
             )
-        return connection
+        return nullcontext(connection)
 
-    def _ended(
-        self, entry: PoolEntry[T], ready: bool, began: float, error: BaseException | None
-    ) -> None:
-        """Take note of the end of an attempt."""
+    def _ended(self, entry: PoolEntry[T], began: float, error: BaseException | None) -> None:
+        """Take note of the end of an attempt without a connection, because of `error` if any."""
         # Before any hook is called: a hook that raises must not prevent these.
         self._core.wake()
         self._core.statistics.count("connects")
         if entry.state is State.CONNECTING:
             self._core.forget_attempt(entry)
         else:
-            self._connected(entry, ready, began, error)
+            self._closing.discard(entry, "configure", error)
         if error is not None:
             self._failed(entry, began, error)
 
@@ -234,10 +184,10 @@ class Connecting(Generic[T]):
         now = self._core.clock()
         entry.connection = entry.kept = connection
         entry.key = id(connection)
-        entry.number = self._core.statistics.number()
+        entry.number = next(self._core.statistics.numbers)
         entry.created = now
         lifetime = self._core.options.max_lifetime * (1 - _LIFETIME_JITTER * _chance.random())
-        # Not later than now if its permit was lost meanwhile.
+        # Not later than now if it was retired meanwhile.
         entry.expires = min(entry.expires, now + lifetime)
         with suppress(TypeError):  # it can't be weakly referenced
             entry.ref = ref(connection, partial(self._closing.collected, entry))
@@ -246,19 +196,14 @@ class Connecting(Generic[T]):
         entry.enter(State.CONFIGURING, now)
         entries[entry.key] = entry
 
-    def _connected(
-        self, entry: PoolEntry[T], ready: bool, began: float, error: BaseException | None
-    ) -> None:
-        if not ready:
-            self._closing.discard(entry, "configure", error)
-            return
+    def _connected(self, entry: PoolEntry[T], began: float) -> None:
+        self._core.wake()
+        self._core.statistics.count("connects")
         now = self._core.clock()
         self._core.connect_time = now - began
         self._core.statistics.observe_connect(self._core.connect_time)
-        if entry.generation != self._core.generation:
-            entry.retire("drain")
         if entry.replaces is None:
-            self._validation.make_available(entry, "connect")
+            self._validation.make_available(entry, is_new=True)
         else:
             entry.enter(State.STANDBY, now)
         self._core.last_error = None
@@ -284,3 +229,16 @@ class Connecting(Generic[T]):
         if begins:
             log.warning("%s: cannot connect: %s", self._core.name, describe(error))
             self._core.emit("outage", error=error)
+
+
+async def _context_of(result: Any) -> AbstractAsyncContextManager[Any]:
+    """Return the context manager that `connect` returned, or awaits to."""
+    if not hasattr(type(result), "__aenter__") and isawaitable(result):
+        result = await result
+    if not hasattr(type(result), "__aenter__"):
+        raise PoolMisuse(
+            f"connect() of a pool with context=True must return an async context manager, "
+            f"not {type(result).__name__}"
+        )
+    context: AbstractAsyncContextManager[Any] = result
+    return context

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from .._errors import PoolMisuse, PoolTimeout
-from .._park import ki_protected
 from ._backoff import Backoff
-from ._entry import FOREVER, Failure, PoolEntry, State
+from ._entry import Failure, PoolEntry, State
 from ._events import PoolEvent
 from ._hooks import BackgroundTasks
 from ._inventory import Inventory
-from ._policy import Limits
+from ._policy import Snapshot
 from ._statistics import Statistics, borrowers, describe, info
 
 if TYPE_CHECKING:
@@ -29,33 +27,17 @@ class Core(Generic[T]):
     """The state of one pool, from when it is opened until it is closed.
 
     :param closed: what waiters are handed when the pool is closed
-    :param post: runs a function on the event loop of the pool; may be called from any thread
     """
 
-    def __init__(
-        self,
-        options: Options,
-        statistics: Statistics,
-        closed: Failure,
-        post: Callable[[Callable[[], object]], object],
-    ) -> None:
+    def __init__(self, options: Options, statistics: Statistics, closed: Failure) -> None:
         self.options = options
         self.name: str = options.name
         self.statistics = statistics
-        self.post = post
         self.clock: Callable[[], float] = monotonic
-        self.inventory: Inventory[T] = Inventory(
-            options.max_idle,
-            options.fresh,
-            options.lifo,
-            closed,
-            self.wake,
-            self.want,
-            self.hand_over,
-        )
-        self.inventory.is_closed = options.is_closed
+        self.inventory: Inventory[T] = Inventory(options, closed)
+        # Of the inventory: runs a function on the event loop of the pool; has maintenance look.
+        self.post, self.wake = self.inventory.jobs.post, self.inventory.wake
         self.tasks = BackgroundTasks(self.name, self._task_ended)
-        self.limits = Limits(**{name: getattr(options, name) for name in Limits.__match_args__})
         # The attempts that have not connected yet.
         self.attempts: list[PoolEntry[T]] = []
         self.backoff = Backoff()
@@ -63,45 +45,14 @@ class Core(Generic[T]):
         self.connect_time = 0.0
         self.last_error: BaseException | None = None
         self.connect_failure = Failure(self.connect_error)
-        # Increased by `drain`: what was begun before is not wanted.
-        self.generation = 0
-        # No later than when the first reset in the task of a borrower takes too long.
-        self.reset_deadline = FOREVER
-        # Decides on the loop of the pool about an entry that nobody has.
-        self.settle: Callable[[PoolEntry[T]], object]
-        # Whether a caller that did not wait would have liked a connection.
-        self.wanted = False
         self.stopping = False
 
     # -- From any thread.
-
-    @ki_protected
-    def wake(self) -> None:
-        """Have maintenance look for work."""
-        self.post(_nothing)
-
-    @ki_protected
-    def want(self) -> None:
-        """Have a connection made ready for a caller that does not wait."""
-        self.post(self._want)
-
-    def _want(self) -> None:
-        self.wanted = True
-
-    @ki_protected
-    def hand_over(self, entry: PoolEntry[T]) -> None:
-        """Decide on the loop of the pool about an entry that nobody has."""
-        self.post(partial(self.settle, entry))
 
     @property
     def size(self) -> int:
         """How many connections there are, and are being made."""
         return len(self.inventory.entries) + len(self.attempts)
-
-    def can_do_without_connect(self) -> bool:
-        """Return whether waiters may get a connection without a connect that succeeds."""
-        working = self.inventory.count(State.RETURNING, State.VALIDATING)
-        return bool(self.inventory.stale or working) or self.size >= self.limits.max_size
 
     def cannot_connect(self) -> bool:
         """Return whether waiting is in vain: a mistake in a hook, or an outage and `fail_fast`."""
@@ -109,7 +60,9 @@ class Core(Generic[T]):
             return True
         if not (self.options.fail_fast and self.backoff.is_outage):
             return False
-        return not self.can_do_without_connect()
+        # Otherwise they may get a connection that there is.
+        working = self.inventory.count(State.RETURNING, State.VALIDATING)
+        return not (self.inventory.stale or working or self.size >= self.options.max_size)
 
     def connect_error(self) -> Exception:
         """Return the error for a caller that would wait in vain; see `cannot_connect`."""
@@ -119,8 +72,7 @@ class Core(Generic[T]):
 
     def snapshot(self) -> PoolStatistics:
         """Return all figures."""
-        sizes = self.limits.min_size, self.limits.max_size
-        return self.statistics.snapshot(self.inventory, sizes, len(self.attempts))
+        return self.statistics.snapshot(self.inventory, self.options, len(self.attempts))
 
     def timed_out(self, when: float | str | None) -> Exception:
         """Return the PoolTimeout of a request.
@@ -145,6 +97,18 @@ class Core(Generic[T]):
         return error
 
     # -- On the loop of the pool.
+
+    def situation(self) -> Snapshot:
+        """Return what a plan is made from."""
+        return Snapshot(
+            options=self.options,
+            entries=list(self.inventory.entries.copy().values()),
+            idle=self.inventory.available(),
+            attempts=self.attempts.copy(),
+            waiting=max(len(self.inventory.waiters), self.inventory.wanted),
+            backoff=self.backoff,
+            connect_time=self.connect_time,
+        )
 
     def emit(
         self,
@@ -174,10 +138,6 @@ class Core(Generic[T]):
         if permit is not None and not self.tasks.forked:
             permit.give_back()
 
-    def stop(self) -> None:
-        """Have maintenance close everything."""
-        self.stopping = True
-
     def _task_ended(self) -> None:
         if self.tasks.crash is not None:
             self.stopping = True
@@ -190,7 +150,3 @@ def copied(error: PoolMisuse) -> PoolMisuse:
     copy = PoolMisuse(*error.args)
     copy.__cause__ = error.__cause__
     return copy
-
-
-def _nothing() -> None:
-    """Do nothing: a job that only wants maintenance to look."""

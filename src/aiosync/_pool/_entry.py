@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from weakref import ref
 
+    from anyio import Event
+
     from .._callers import CallSite
     from .._scopes import ShieldedScope
     from ._events import CloseReason
@@ -31,7 +33,7 @@ class State(Enum):
     IDLE = "idle"
     IN_USE = "in use"
     RETURNING = "returning"  # given back; its borrower resets it, or maintenance will look at it
-    VALIDATING = "validating"  # maintenance checks or resets it
+    VALIDATING = "validating"  # maintenance checks it
     CLOSING = "closing"
     CLOSED = "closed"
 
@@ -44,7 +46,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.STANDBY: frozenset({State.IDLE, State.CLOSING}),
     State.IDLE: frozenset({State.IN_USE, State.VALIDATING, State.CLOSING}),
     State.IN_USE: frozenset({State.IDLE, State.RETURNING, State.CLOSING}),
-    State.RETURNING: frozenset({State.IDLE, State.VALIDATING, State.CLOSING}),
+    State.RETURNING: frozenset({State.IDLE, State.CLOSING}),
     State.VALIDATING: frozenset({State.IDLE, State.CLOSING}),
     State.CLOSING: frozenset({State.CLOSED}),
     State.CLOSED: frozenset(),
@@ -57,10 +59,8 @@ class PoolEntry(Generic[T]):
 
     # When it entered the state; not kept for IDLE and IN_USE, which have times of their own.
     since: float
-    # How many attempts to connect had failed in a row, and how often the pool had been drained,
-    # when this one began.
+    # How many attempts to connect had failed in a row when this one began.
     failures: int = 0
-    generation: int = 0
     # The connection that this one is to replace, in excess of `max_size`.
     replaces: PoolEntry[T] | None = None
     state: State = State.CONNECTING
@@ -98,11 +98,11 @@ class PoolEntry(Generic[T]):
     samples: list[float] = field(default_factory=list)
     # The permit that it has from the option `limit`.
     permit: ConnectionPermit | None = None
-    # If it is an async context manager: has its task leave it.
-    leave: Callable[[], object] | None = None
-    # What is to be called then.
-    end: Callable[[], object] | None = None
-    # The scope in which its borrower resets it.
+    # Why it is closed, and the error that made it useless. One that nobody closes was collected.
+    end: tuple[CloseReason, BaseException | None] = "collected", None
+    # If it is an async context manager: tells its task to leave it.
+    leave: Event | None = None
+    # The scope in which it is connected, checked or reset, or waits for a permit to connect.
     scope: ShieldedScope | None = None
     # How long that reset may still go on, since it has been cancelled.
     grace_until: float = FOREVER

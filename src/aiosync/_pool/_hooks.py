@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import fail_after, get_cancelled_exc_class, get_current_task
 
-from .._errors import PoolMisuse
 from .._park import start_background_task
 from ._statistics import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from contextlib import AbstractAsyncContextManager
 
 
 class BackgroundTasks:
@@ -51,6 +49,8 @@ class BackgroundTasks:
 
         async def run() -> None:
             begun.append(True)
+            if self.forked:
+                return  # it is the parent's
             task = get_current_task().id
             self.ids.add(task)
             try:
@@ -81,7 +81,8 @@ class BackgroundTasks:
 
         :raises RuntimeError: in a forked process
         """
-        self._check_process()
+        if self.forked:
+            raise RuntimeError("the pool was opened before a fork")
         try:
             return hook(*args)
         except (Exception, get_cancelled_exc_class()):  # the latter: of a cancelled Future
@@ -90,16 +91,8 @@ class BackgroundTasks:
             return _raise(error)
 
     async def finish(self, result: Any) -> Any:
-        """Await what `begin` returned, if it is awaitable.
-
-        :raises RuntimeError: in a forked process
-        """
-        self._check_process()
+        """Await what `begin` returned, if it is awaitable."""
         return await result if isawaitable(result) else result
-
-    def _check_process(self) -> None:
-        if self.forked:
-            raise RuntimeError("the pool was opened before a fork")
 
     async def call(self, hook: Callable[..., Any], *args: object) -> Any:
         """Call a hook, and await its result if it is awaitable."""
@@ -128,16 +121,3 @@ async def _raise(error: BaseException) -> None:
         raise error
     finally:
         del error  # break the reference cycle through the traceback
-
-
-async def context_of(result: Any) -> AbstractAsyncContextManager[Any]:
-    """Return the context manager that `connect` returned, or awaits to."""
-    if not hasattr(type(result), "__aenter__") and isawaitable(result):
-        result = await result
-    if not hasattr(type(result), "__aenter__"):
-        raise PoolMisuse(
-            f"connect() of a pool with context=True must return an async context manager, "
-            f"not {type(result).__name__}"
-        )
-    context: AbstractAsyncContextManager[Any] = result
-    return context

@@ -12,14 +12,15 @@ from enum import Enum
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union
 
-from .._handoff import HandoffQueue
+from .._handoff import HandoffQueue, Mailbox
 from .._park import ki_protected
-from ._entry import IMMEDIATELY, Failure, PoolEntry, State
+from ._entry import FOREVER, IMMEDIATELY, Failure, PoolEntry, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .._park import Waiter
+    from ._options import Options
 
 T = TypeVar("T")
 
@@ -40,40 +41,29 @@ class Inventory(HandoffQueue[Union[PoolEntry[T], Failure]], Generic[T]):
 
     While it is closed, every waiter is handed the reason.
 
-    :param max_idle: how long an entry may be idle, in seconds
-    :param fresh: how long it may then be handed out without a check
-    :param lifo: whether the entry used last is handed out first
     :param closed: the reason why it is closed
-    :param wake: has maintenance look for work
-    :param want: the same, and tells that one more entry should be made ready
-    :param hand_over: passes an entry that can't be handed out as it is to maintenance
     """
 
     __slots__ = (
-        "closed", "entries", "fresh", "hand_over", "has_capacity", "in_use", "is_closed", "lifo",
-        "max_idle",
-        "reclaimed", "stale", "wake", "want",
+        "closed", "entries", "fresh", "has_capacity", "in_use", "is_closed", "jobs", "lifo",
+        "max_idle", "next_deadline", "reclaimed", "stale", "wanted",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        max_idle: float,
-        fresh: float,
-        lifo: bool,
-        closed: Failure,
-        wake: Callable[[], object],
-        want: Callable[[], object],
-        hand_over: Callable[[PoolEntry[T]], object],
-    ) -> None:
+    def __init__(self, options: Options, closed: Failure) -> None:
         super().__init__()
-        self.max_idle = max_idle
-        self.is_closed: Callable[[T], bool] | None = None
-        self.fresh = fresh
-        self.lifo = lifo
+        self.max_idle: float = options.max_idle
+        self.is_closed: Callable[[T], bool] | None = options.is_closed
+        self.fresh = options.fresh
+        self.lifo: bool = options.lifo
         self.closed: Failure | None = closed
-        self.wake = wake
-        self.want = want
-        self.hand_over = hand_over
+        # For maintenance: functions to call, and entries to decide about; see `hand_over`. It looks
+        # for work after each.
+        self.jobs: Mailbox[Callable[[], object] | PoolEntry[T]] = Mailbox()
+        # Whether a caller that did not wait would have liked a connection.
+        self.wanted = False
+        # No later than when a waiter has waited, or a borrower has reset a connection, for too
+        # long. Maintenance looks then.
+        self.next_deadline = FOREVER
         # All that are connected and not yet closed, by their keys.
         self.entries: dict[int, PoolEntry[T]] = {}
         self.in_use: dict[int, PoolEntry[T]] = {}
@@ -106,6 +96,33 @@ class Inventory(HandoffQueue[Union[PoolEntry[T], Failure]], Generic[T]):
             return self.is_closed(entry.connection)
         except Exception:
             return True
+
+    # -- Calling maintenance.
+
+    @ki_protected
+    def wake(self) -> None:
+        """Have maintenance look for work."""
+        self.jobs.post(_nothing)
+
+    @ki_protected
+    def want(self) -> None:
+        """Have a connection made ready for a caller that does not wait."""
+        self.jobs.post(self._want)
+
+    def _want(self) -> None:
+        self.wanted = True
+
+    @ki_protected
+    def hand_over(self, entry: PoolEntry[T]) -> None:
+        """Have maintenance decide about an entry that nobody has; see `Validation.settle`."""
+        self.jobs.post(entry)
+
+    @ki_protected
+    def watch(self, deadline: float) -> None:
+        """Have maintenance look at `deadline`. To be called on the event loop of the pool."""
+        if deadline < self.next_deadline:  # otherwise it looks early enough
+            self.next_deadline = deadline
+            self.wake()
 
     # -- Checking in.
 
@@ -257,11 +274,6 @@ class Inventory(HandoffQueue[Union[PoolEntry[T], Failure]], Generic[T]):
             except RuntimeError:
                 pass  # changed by another thread
 
-    def open(self) -> list[PoolEntry[T]]:
-        """Return the entries that are not closed."""
-        entries = self.entries.copy().values()
-        return [entry for entry in entries if entry.state is not State.CLOSED]
-
     def available(self) -> list[PoolEntry[T]]:
         """Return the idle entries, the one that was used last at the end."""
         found: list[PoolEntry[T]] = []
@@ -281,3 +293,7 @@ class Inventory(HandoffQueue[Union[PoolEntry[T], Failure]], Generic[T]):
     def count(self, *states: State) -> int:
         """Return the number of entries in one of `states`."""
         return sum(entry.state in states for entry in self.entries.copy().values())
+
+
+def _nothing() -> None:
+    """Do nothing: a job that only wants maintenance to look."""

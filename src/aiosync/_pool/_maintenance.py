@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from anyio import CancelScope, get_cancelled_exc_class, get_current_task
 
-from .._handoff import Mailbox
 from .._park import (
     current_token,
-    ki_protected,
     loop_clock,
     loop_ended,
     task_waiter,
@@ -23,14 +21,13 @@ from ._closing import Closing
 from ._connecting import Connecting
 from ._core import Core
 from ._entry import FOREVER, Failure, PoolEntry, State
-from ._policy import Plan, Snapshot, plan
+from ._policy import Plan, plan
 from ._validation import Validation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .._park import Waiter
-    from ._events import CloseReason
     from ._options import Options
     from ._statistics import Statistics
 
@@ -50,35 +47,24 @@ class Maintenance(Generic[T]):
         self, options: Options, statistics: Statistics, closed: Callable[[], Exception]
     ) -> None:
         self.closed = Failure(closed)
-        # Functions to run on the event loop of the pool, which then looks for work.
-        self._mailbox: Mailbox[Callable[[], object]] = Mailbox()
-        self.core: Core[T] = Core(options, statistics, self.closed, self._mailbox.post)
+        self.core: Core[T] = Core(options, statistics, self.closed)
         self.inventory = self.core.inventory
         self.closing = Closing(self.core)
         self.validation = Validation(self.core, self.closing)
         self.connecting = Connecting(self.core, self.closing, self.validation)
         self.home: object = None
-        # No later than the deadline of any task that waits with the timeout of the pool.
-        self.next_deadline = FOREVER
         # Callers that wait for `is_ready` or for a check of all, and for the end.
         self._ready_waiters: list[Waiter] = []
         self._close_waiters: list[Waiter] = []
         self.finished = False
 
-    # -- From any thread, except `watch`.
-
-    @ki_protected
-    def watch(self, deadline: float) -> None:
-        """Wake a waiter at its deadline, if that is before `next_deadline`.
-
-        To be called on the event loop of the pool only.
-        """
-        self.next_deadline = min(deadline, self.next_deadline)
-        self.core.wake()
+    # -- From any thread.
 
     def stop(self) -> None:
         """Begin to close everything."""
-        self.core.post(self.core.stop)
+        self.inventory.close(self.closed)
+        self.core.stopping = True
+        self.core.wake()
 
     def leave_to_parent(self) -> None:
         """In a forked process: call no hook any more, and let Python collect no connection.
@@ -97,7 +83,7 @@ class Maintenance(Generic[T]):
         self.home = current_token()
         self.inventory.closed = None
         self.core.tasks.start(self._maintain, never_started=self._finish)
-        self.connecting.admission.begin(self._close)
+        self.connecting.admission.begin()
 
     async def join(self) -> None:
         """Wait until everything is closed. A cancellation is raised afterwards."""
@@ -115,7 +101,7 @@ class Maintenance(Generic[T]):
     def is_ready(self) -> bool:
         """Return whether there are as many connections as there should be."""
         unready = self.inventory.count(State.CONFIGURING, State.STANDBY, State.CLOSING)
-        return len(self.inventory.entries) - unready >= self.core.limits.min_size
+        return len(self.inventory.entries) - unready >= self.core.options.min_size
 
     async def wait_for_change(self, timeout: float | None) -> None:
         """Sleep until something may have changed."""
@@ -126,32 +112,23 @@ class Maintenance(Generic[T]):
         finally:
             self._ready_waiters.remove(waiter)
 
-    def resize(self, min_size: int, max_size: int) -> None:
-        """Change the sizes."""
-        self.core.limits = replace(self.core.limits, min_size=min_size, max_size=max_size)
-        self.core.wake()
-
     def drain(self) -> None:
         """Have all connections replaced."""
-        self.core.generation += 1
-        for entry in self.inventory.entries.values():
+        for entry in (*self.core.attempts, *self.inventory.entries.values()):
             entry.retire("drain")
         self.core.wake()
 
     def check_all(self, done: list[bool]) -> None:
         """Check all connections that are idle now, and then append to `done`."""
-        self.core.post(partial(self._check_all, done))
+        self.core.post(partial(self.core.tasks.start, self._check_all, done))
 
-    def _check_all(self, done: list[bool]) -> None:
-        def end() -> None:
+    async def _check_all(self, done: list[bool]) -> None:
+        try:
+            if self.core.options.check is not None:
+                await self.validation.check_all()
+        finally:
             done.append(True)
             wake_all(self._ready_waiters)
-
-        inventory = self.inventory
-        idle = inventory.available() if self.core.options.check is not None else []
-        if not inventory.lifo:
-            idle.reverse()  # the one that is checked last is handed out first
-        self.core.tasks.start(self.validation.check_all, idle, end)
 
     # -- The task.
 
@@ -172,79 +149,53 @@ class Maintenance(Generic[T]):
     async def _turn(self, look_at: float) -> None:
         """Wait for a job, or until `look_at`; then do all jobs there are."""
         timeout = None if look_at == FOREVER else max(0.0, look_at - self.core.clock())
-        job = await self._mailbox.wait(task_waiter(), timeout, None)
+        jobs = self.inventory.jobs
+        job = await jobs.wait(task_waiter(), timeout, None)
         while job is not None:
-            job()
-            job = self._mailbox.get_nowait(None)
+            if isinstance(job, PoolEntry):
+                self.validation.settle(job)
+            else:
+                job()
+            job = jobs.get_nowait(None)
 
     def _carry_out(self) -> float:
         """Plan what is to be done, and do it. Return when to look again."""
         now = self.core.clock()
         inventory = self.inventory
-        if now >= self.next_deadline:
-            self.next_deadline = inventory.expire(now)
-        if now >= self.core.reset_deadline:
-            self.core.reset_deadline = FOREVER
+        if now >= inventory.next_deadline:
+            inventory.next_deadline = inventory.expire(now)
         # In this order; see `Inventory.has_capacity`.
-        inventory.has_capacity = self.core.size < self.core.limits.max_size
+        inventory.has_capacity = self.core.size < self.core.options.max_size
         self.connecting.admission.stop_needless()
-        todo = plan(self._snapshot(), now)
+        todo = plan(self.core.situation(), now)
         for entry, reason in todo.close:
-            self._close(entry, reason)
+            self.closing.close(entry, reason)
         for entry in todo.check:
             if inventory.take(entry):
-                self.validation.validate(entry, "check")
+                self.validation.check(entry)
         for entry in todo.overdue:
             self.closing.end_reset(entry, now)
         for entry in todo.leaked:
             self.closing.report_leak(entry)
         self._open(todo)
         if not self.connecting.admission.is_waiting:
-            self.core.wanted = False
-        if todo.check or todo.admit:
-            self.core.wake()  # the plan does not know when they are next due
-        elif todo.close and inventory.count(State.STANDBY):
-            self.core.wake()  # the place of a replacement may be free
+            inventory.wanted = False
+        if todo.check or todo.admit or todo.close:
+            self.core.wake()  # the plan does not know what comes of that
         inventory.has_capacity = todo.has_capacity
         if self.is_ready() or self.core.cannot_connect():
             wake_all(self._ready_waiters)
-        return min(todo.look_at, self.next_deadline, self.core.reset_deadline)
-
-    def _snapshot(self) -> Snapshot:
-        entries = list(self.inventory.entries.copy().values())
-        waiting = max(len(self.inventory.waiters), self.core.wanted)
-        return Snapshot(
-            limits=self.core.limits,
-            entries=entries,
-            attempts=self.core.attempts.copy(),
-            granted=self._granted(entries) if waiting else (),
-            waiting=waiting,
-            backoff=self.core.backoff,
-            connect_time=self.core.connect_time,
-        )
-
-    def _granted(self, entries: list[PoolEntry[T]]) -> list[PoolEntry[T]]:
-        """Return the idle entries that are on their way to a waiter."""
-        idle = [entry for entry in entries if entry.state is State.IDLE]
-        available = self.inventory.available() if idle else []
-        return [entry for entry in idle if entry not in available]
+        return min(todo.look_at, inventory.next_deadline)
 
     def _open(self, todo: Plan) -> None:
         for entry in todo.admit:
             entry.replaces = None
-            self.validation.make_available(entry, "connect")
+            self.validation.make_available(entry, is_new=True)
         for _ in range(todo.open):
             self.connecting.connect()
         for entry in todo.replace:
             entry.renewed = True
             self.connecting.connect(entry)
-
-    def _close(self, entry: PoolEntry[T], reason: CloseReason) -> None:
-        """Close an entry, at the latest when its borrower gives it back."""
-        if entry.state is State.STANDBY or self.inventory.take(entry):
-            self.closing.discard(entry, reason)
-        elif reason != "idle" or entry.renewed:  # otherwise it is on its way to a waiter
-            entry.retire(reason)
 
     # -- The end.
 
@@ -252,23 +203,23 @@ class Maintenance(Generic[T]):
         """Close the idle connections, those that come back, and in the end all others."""
         core = self.core
         core.stopping = True
-        core.limits = replace(core.limits, min_size=0, max_size=0)
+        options = core.options = copy(core.options)
+        options.min_size = options.max_size = 0  # so all are to be closed
         self.inventory.close(self.closed)
-        wake_all(self._ready_waiters)
-        self.connecting.cancel()
-        deadline = core.clock() + core.options.close_timeout
+        self.closing.cancel(State.CONNECTING, State.CONFIGURING)
+        deadline = core.clock() + options.close_timeout
         cancellation: BaseException | None = None
         with CancelScope(shield=True):
             while not core.tasks.forked and (core.size or len(core.tasks.pending) > 1):
-                self.closing.close_idle()
                 is_late = core.clock() >= deadline
                 if is_late:
                     # Each time: a connection may have been on its way to a borrower.
                     self.closing.close_by_force()
-                    self.validation.cancel()
-                look_at = FOREVER if is_late else deadline
+                    self.closing.cancel(State.VALIDATING)
+                    options.check_timeout = 0.0
+                look_at = self._carry_out()
                 try:
-                    await self._turn(min(look_at, self.closing.end_resets(is_late)))
+                    await self._turn(look_at if is_late else min(look_at, deadline))
                 except get_cancelled_exc_class() as error:  # a native one
                     cancellation = error
         if cancellation is not None:

@@ -5,151 +5,119 @@
 
 # The annotations are needed at run time, so they are not postponed.
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from inspect import Parameter, signature
 from math import inf
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypedDict, TypeVar, get_type_hints
 
-from .._errors import check_count, check_timeout
+from .._errors import check_count, check_name, check_timeout
 from ._events import PoolEvent
 from ._limit import ConnectionLimit
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Count:
-    """An int of at least `least`; with `optional`, None is allowed too."""
-
-    default: int | None
-    least: int = 0
-    optional: bool = False
-
-    def check(self, name: str, value: Any) -> int | None:
-        return None if self.optional and value is None else check_count(name, value, self.least)
+# The check of an option takes its name and a value, and returns the value that the pool uses.
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """A number of seconds that is 0 or more, or None.
+def _at_least(least: int) -> Callable[[str, Any], int]:
+    """Return the check of an int of at least `least`."""
+    return lambda name, value: check_count(name, value, least)
+
+
+def _count_or_all(name: str, value: Any) -> float:
+    return inf if value is None else check_count(name, value, 1)
+
+
+def _seconds(none: float | None = inf, *, zero: bool = True) -> Callable[[str, Any], float | None]:
+    """Return the check of a number of seconds that is 0 or more, or None.
 
     :param none: what None stands for
     :param zero: whether 0 is allowed
     """
 
-    default: float | None
-    none: float | None = inf
-    zero: bool = True
-
-    def check(self, name: str, value: Any) -> float | None:
+    def check(name: str, value: Any) -> float | None:
         try:
             seconds = check_timeout(value)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
         if seconds is None:
-            return self.none
+            return none
         if seconds < 0:
             raise ValueError(f"{name} must be 0 seconds or more, or None, not {seconds}")
-        if seconds == 0 and not self.zero:
+        if seconds == 0 and not zero:
             raise ValueError(f"{name} must be more than 0 seconds, or None for no limit")
         return seconds
 
+    return check
 
-@dataclass(frozen=True)
-class Hook:
-    """A function that the pool calls, or None."""
 
-    default: None = None
-
-    def check(self, name: str, value: Any) -> Any:
-        if value is None:
-            return None
+def _hook(name: str, value: Any) -> Any:
+    if value is not None:
         if not callable(value):
             raise TypeError(f"{name} must be callable or None, not {type(value).__name__}")
         check_signature(name, value, 1)
-        return value
+    return value
 
 
 # The methods of a `ConnectionLimit`.
 _LIMIT = ("take_for_pool", "watch_contention")
 
 
-@dataclass(frozen=True)
-class SharedLimit:
-    """What `ConnectionLimit` describes, or None."""
-
-    default: None = None
-
-    def check(self, name: str, value: Any) -> Any:
-        if value is not None and not all(hasattr(type(value), method) for method in _LIMIT):
-            raise TypeError(
-                f"{name} must be a semaphore of aiosync.redis or None, not {type(value).__name__}"
-            )
-        return value
+def _limit(name: str, value: Any) -> Any:
+    if value is not None and not all(hasattr(type(value), method) for method in _LIMIT):
+        raise TypeError(
+            f"{name} must be a semaphore of aiosync.redis or None, not {type(value).__name__}"
+        )
+    return value
 
 
-@dataclass(frozen=True)
-class Flag:
-    """A bool."""
-
-    default: bool
-
-    def check(self, _: str, value: Any) -> bool:
-        return bool(value)
+def _flag(_: str, value: Any) -> bool:
+    return bool(value)
 
 
-@dataclass(frozen=True)
-class Name:
-    """A string, or None for a number."""
-
-    default: None = None
-
-    def check(self, name: str, value: Any) -> str | None:
-        if value is not None and not isinstance(value, str):
-            raise TypeError(f"{name} must be a str or None, not {type(value).__name__}")
-        return value
+def _name(_: str, value: Any) -> str | None:
+    return check_name(value)
 
 
 class CommonOptions(TypedDict, Generic[T], total=False):
     """The options of `ConnectionPool` that do not depend on the driver; see there."""
 
-    configure: Annotated[Callable[[T], object] | None, Hook()]
-    min_size: Annotated[int, Count(0)]
-    max_size: Annotated[int, Count(10, least=1)]
-    name: Annotated[str | None, Name()]
-    timeout: Annotated[float | None, Seconds(30.0, none=None)]
-    max_waiting: Annotated[int, Count(0)]
-    max_lifetime: Annotated[float | None, Seconds(3600.0, zero=False)]
-    max_idle: Annotated[float | None, Seconds(600.0, zero=False)]
-    keepalive: Annotated[float | None, Seconds(None, zero=False)]
-    overlap: Annotated[bool, Flag(True)]
-    limit: Annotated[ConnectionLimit | None, SharedLimit()]
-    lifo: Annotated[bool, Flag(True)]
-    check_idle: Annotated[float | None, Seconds(0.5)]
-    check_timeout: Annotated[float | None, Seconds(5.0)]
-    connect_timeout: Annotated[float | None, Seconds(None)]
-    close_timeout: Annotated[float | None, Seconds(5.0)]
-    max_connecting: Annotated[int | None, Count(None, least=1, optional=True)]
-    fail_fast: Annotated[bool, Flag(False)]
-    leak_timeout: Annotated[float | None, Seconds(None, zero=False)]
-    on_event: Annotated[Callable[[PoolEvent], object] | None, Hook()]
-    loan_events: Annotated[bool, Flag(False)]
-    fast_acquire: Annotated[bool, Flag(False)]
+    configure: Annotated[Callable[[T], object] | None, None, _hook]
+    min_size: Annotated[int, 0, _at_least(0)]
+    max_size: Annotated[int, 10, _at_least(1)]
+    name: Annotated[str | None, None, _name]
+    timeout: Annotated[float | None, 30.0, _seconds(None)]
+    max_waiting: Annotated[int, 0, _at_least(0)]
+    max_lifetime: Annotated[float | None, 3600.0, _seconds(zero=False)]
+    max_idle: Annotated[float | None, 600.0, _seconds(zero=False)]
+    keepalive: Annotated[float | None, None, _seconds(zero=False)]
+    overlap: Annotated[bool, True, _flag]
+    limit: Annotated[ConnectionLimit | None, None, _limit]
+    lifo: Annotated[bool, True, _flag]
+    check_idle: Annotated[float | None, 0.5, _seconds()]
+    check_timeout: Annotated[float | None, 5.0, _seconds()]
+    connect_timeout: Annotated[float | None, None, _seconds()]
+    close_timeout: Annotated[float | None, 5.0, _seconds()]
+    max_connecting: Annotated[int | None, None, _count_or_all]
+    fail_fast: Annotated[bool, False, _flag]
+    leak_timeout: Annotated[float | None, None, _seconds(zero=False)]
+    on_event: Annotated[Callable[[PoolEvent], object] | None, None, _hook]
+    loan_events: Annotated[bool, False, _flag]
+    fast_acquire: Annotated[bool, False, _flag]
 
 
 class PoolOptions(CommonOptions[T], Generic[T], total=False):
     """All options of `ConnectionPool`."""
 
-    close: Annotated[Callable[[T], object] | None, Hook()]
-    check: Annotated[Callable[[T], object] | None, Hook()]
-    reset: Annotated[Callable[[T], object] | None, Hook()]
-    commit: Annotated[Callable[[T], object] | None, Hook()]
-    is_closed: Annotated[Callable[[T], bool] | None, Hook()]
-    is_fatal: Annotated[Callable[[Exception], bool] | None, Hook()]
+    close: Annotated[Callable[[T], object] | None, None, _hook]
+    check: Annotated[Callable[[T], object] | None, None, _hook]
+    reset: Annotated[Callable[[T], object] | None, None, _hook]
+    commit: Annotated[Callable[[T], object] | None, None, _hook]
+    is_closed: Annotated[Callable[[T], bool] | None, None, _hook]
+    is_fatal: Annotated[Callable[[Exception], bool] | None, None, _hook]
 
 
 _HINTS = get_type_hints(PoolOptions, include_extras=True)
-_CHECKS: dict[str, Any] = {name: hint.__metadata__[0] for name, hint in _HINTS.items()}
 
 
 class Options:
@@ -160,7 +128,10 @@ class Options:
     """
 
     if TYPE_CHECKING:
-        # Each user of an option says of which type it is.
+        min_size: int
+        max_size: int
+
+        # Each user of another option says of which type it is.
         def __getattr__(self, name: str, /) -> Any: ...
         def __setattr__(self, name: str, value: Any, /) -> None: ...
 
@@ -170,19 +141,17 @@ class Options:
         if not callable(connect):
             raise TypeError(f"connect must be callable, not {type(connect).__name__}")
         check_signature("connect", connect, 0)
-        unknown = options.keys() - _CHECKS.keys()
+        unknown = options.keys() - _HINTS.keys()
         if unknown:
             raise TypeError(f"ConnectionPool has no option {min(unknown)!r}")
         self.connect = connect
-        values: dict[str, Any] = {
-            name: check.check(name, options.get(name, check.default))
-            for name, check in _CHECKS.items()
-        }
+        values: dict[str, Any] = {}
+        for name, hint in _HINTS.items():
+            default, check = hint.__metadata__
+            values[name] = check(name, options.get(name, default))
         check_sizes(values["min_size"], values["max_size"])
         if options.get("connect_timeout") is None:
             values["connect_timeout"] = values["timeout"] or 30.0  # by then, waiters have given up
-        if values["max_connecting"] is None:
-            values["max_connecting"] = inf
         if values["check"] is None:
             values["check_idle"] = values["keepalive"] = inf
         if values["close"] is None:
@@ -203,7 +172,7 @@ def parameters() -> Iterator[Parameter]:
     """Yield the options as keyword-only parameters, for ``help()`` and `inspect.signature`."""
     yield Parameter("context", Parameter.KEYWORD_ONLY, default=False, annotation=bool)
     for name, hint in _HINTS.items():
-        default = _CHECKS[name].default
+        default, _ = hint.__metadata__
         yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint.__origin__)
 
 

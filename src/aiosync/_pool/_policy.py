@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from ._backoff import Backoff
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
 
     from ._entry import PoolEntry
     from ._events import CloseReason
+    from ._options import Options
 
 # The shortest time between two looks for idle connections and leaks, in seconds.
 _GRAIN = 0.05
@@ -24,42 +24,26 @@ SOON = 0.1
 GRACE = 0.1
 # A replacement is started at least this part of the time before the old connection has to go.
 _MARGIN = 0.025
-# These may become idle at any moment, without a word to maintenance.
-_ACTIVE = (State.IN_USE, State.RETURNING, State.VALIDATING)
-
-_idle_since = attrgetter("idle_since")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The options that decide what is to be done; see `ConnectionPool`."""
-
-    min_size: int = 0
-    max_size: int = 10
-    max_idle: float = FOREVER
-    keepalive: float = FOREVER
-    overlap: bool = True
-    lifo: bool = True
-    check_timeout: float = FOREVER
-    max_connecting: float = FOREVER
-    leak_timeout: float = FOREVER
+# These may become idle at any moment, without a word to maintenance; see `_active`.
+_ACTIVE = (State.IN_USE, State.RETURNING, State.VALIDATING, State.IDLE)
 
 
 @dataclass
 class Snapshot:
     """The situation of a pool."""
 
-    limits: Limits
+    options: Options
     # All connections that are not closed, and the attempts to connect, oldest first.
     entries: Sequence[PoolEntry[Any]] = ()
+    # The idle ones that nobody takes, the one that was used last at the end. Other idle ones are on
+    # their way to a waiter.
+    idle: Sequence[PoolEntry[Any]] = ()
     attempts: Sequence[PoolEntry[Any]] = ()
     # How many callers wait; at least 1 if somebody was turned away who would have liked one.
     waiting: int = 0
     backoff: Backoff = field(default_factory=Backoff)
     # How long it takes to connect, in seconds.
     connect_time: float = 0.0
-    # The idle ones that are on their way to a waiter.
-    granted: Sequence[PoolEntry[Any]] = ()
 
     @property
     def size(self) -> int:
@@ -107,29 +91,35 @@ def _in(s: Snapshot, *states: State) -> list[PoolEntry[Any]]:
     return [entry for entry in s.entries if entry.state in states]
 
 
+def _active(s: Snapshot) -> list[PoolEntry[Any]]:
+    """Return those that are in use, or soon may be."""
+    idle = set(s.idle)
+    return [entry for entry in _in(s, *_ACTIVE) if entry not in idle]
+
+
 def _evict(s: Snapshot, p: Plan, now: float) -> None:
     """Close what is too old, or idle for too long."""
-    for entry in sorted(_in(s, State.IDLE), key=_idle_since):
+    for entry in s.idle:
         if entry.expires <= now:
             p.close.append((entry, entry.retired))
-        elif entry.evict_at(s.limits.max_idle) <= now:
+        elif entry.evict_at(s.options.max_idle) <= now:
             p.close.append((entry, "idle"))
         else:
-            p.look(entry.evict_at(s.limits.max_idle))
-    if _in(s, *_ACTIVE) and s.limits.max_idle < FOREVER:
+            p.look(entry.evict_at(s.options.max_idle))
+    active = _active(s)
+    if active and s.options.max_idle < FOREVER:
         # One may become idle at once. Its replacement is to be opened in time; see `_to_renew`.
-        p.look(now + max(s.limits.max_idle - _margin(s, s.limits.max_idle), _GRAIN))
-    for entry in _in(s, *_ACTIVE):
+        p.look(now + max(s.options.max_idle - _margin(s, s.options.max_idle), _GRAIN))
+    for entry in active:
         if entry.expires > now:
             p.look(entry.expires)
 
 
 def _lendable(s: Snapshot, p: Plan, now: float) -> list[PoolEntry[Any]]:
     """Return those that stay: the idle ones first, oldest first."""
-    closing = {id(entry) for entry, _ in p.close}
-    idle = sorted(_in(s, State.IDLE), key=_idle_since)
-    active = [entry for entry in _in(s, *_ACTIVE) if entry.expires > now]
-    return [entry for entry in (*idle, *active) if id(entry) not in closing]
+    closing = {entry for entry, _ in p.close}
+    active = [entry for entry in _active(s) if entry.expires > now]
+    return [entry for entry in (*s.idle, *active) if entry not in closing]
 
 
 def _shrink(s: Snapshot, p: Plan, now: float) -> None:
@@ -137,9 +127,11 @@ def _shrink(s: Snapshot, p: Plan, now: float) -> None:
     lendable = _lendable(s, p, now)
     coming = len(_in(s, State.CONFIGURING)) + len(s.attempts)
     coming -= sum(entry.replaces is not None for entry in _coming(s))
-    surplus = len(lendable) + coming - s.limits.max_size
+    surplus = len(lendable) + coming - s.options.max_size
+    # `resize` allows no 0: a pool that is being closed has it.
+    reason: CloseReason = "resize" if s.options.max_size else "shutdown"
     for entry in lendable[: max(0, surplus)]:
-        p.close.append((entry, "resize"))
+        p.close.append((entry, reason))
 
 
 def _coming(s: Snapshot) -> list[PoolEntry[Any]]:
@@ -149,16 +141,16 @@ def _coming(s: Snapshot) -> list[PoolEntry[Any]]:
 def _replace(s: Snapshot, p: Plan, now: float) -> None:
     """Let a replacement take the place of the connection that it was opened for."""
     lendable = _lendable(s, p, now)
-    lent = len(lendable) + sum(entry.expires <= now for entry in _in(s, *_ACTIVE))
+    lent = len(lendable) + sum(entry.expires <= now for entry in _active(s))
     for entry in _in(s, State.STANDBY):
         old = entry.replaces
         if old in lendable:
-            by_age = old.evict_at(s.limits.max_idle) == old.expires or old.state is not State.IDLE
+            by_age = old.evict_at(s.options.max_idle) == old.expires or old.state is not State.IDLE
             p.close.append((old, "lifetime" if by_age else "idle"))
-        if lent < s.limits.max_size:
+        if lent < s.options.max_size:
             p.admit.append(entry)
             lent += 1
-        elif old is None or old.state not in (State.IDLE, *_ACTIVE):
+        elif old is None or old.state not in _ACTIVE:
             p.close.append((entry, "resize"))  # its place was taken away meanwhile
 
 
@@ -175,12 +167,11 @@ def _soon(s: Snapshot, p: Plan, now: float) -> int:
 def _validate(s: Snapshot, p: Plan, now: float) -> None:
     """Check stale connections that somebody waits for, and those that need a keepalive."""
     wanted = s.waiting - _soon(s, p, now)
-    idle = sorted(_in(s, State.IDLE), key=_idle_since, reverse=s.limits.lifo)
-    closing = {id(entry) for entry, _ in p.close}
-    for entry in idle:
-        if id(entry) in closing or entry in s.granted:
+    closing = {entry for entry, _ in p.close}
+    for entry in reversed(s.idle) if s.options.lifo else s.idle:
+        if entry in closing:
             continue
-        due = max(entry.idle_since, entry.keepalive_from) + s.limits.keepalive
+        due = max(entry.idle_since, entry.keepalive_from) + s.options.keepalive
         if wanted > 0 and (entry.fresh_until <= now or entry.is_suspect):
             p.check.append(entry)
             p.look(now + SOON)  # if it hangs, another one is needed
@@ -189,53 +180,49 @@ def _validate(s: Snapshot, p: Plan, now: float) -> None:
             p.check.append(entry)
         else:
             p.look(due)
-    if s.granted or _in(s, *_ACTIVE):
-        p.look(now + s.limits.keepalive)
-
-
-def reset_end(entry: PoolEntry[Any], check_timeout: float) -> float:
-    """Return until when the borrower of an entry may reset it."""
-    is_cancelled = entry.grace_until != FOREVER
-    return entry.grace_until if is_cancelled else entry.since + check_timeout
+    if _active(s):
+        p.look(now + s.options.keepalive)
 
 
 def _supervise(s: Snapshot, p: Plan, now: float) -> None:
     """Find those that a borrower has for too long, or resets for too long."""
     for entry in s.entries:
         if entry.state is State.RETURNING:
-            end = reset_end(entry, s.limits.check_timeout)
+            is_cancelled = entry.grace_until != FOREVER
+            end = entry.grace_until if is_cancelled else entry.since + s.options.check_timeout
             if end <= now:
                 p.overdue.append(entry)
                 p.look(now + GRACE)
             else:
                 p.look(end)
         elif entry.state is State.IN_USE and not entry.reported:
-            if entry.taken + s.limits.leak_timeout <= now:
+            if entry.taken + s.options.leak_timeout <= now:
                 p.leaked.append(entry)
             else:
-                p.look(entry.taken + s.limits.leak_timeout)
+                p.look(entry.taken + s.options.leak_timeout)
     if s.entries:
-        p.look(now + max(s.limits.leak_timeout, _GRAIN))  # an idle one may be borrowed meanwhile
+        p.look(now + max(s.options.leak_timeout, _GRAIN))  # an idle one may be borrowed meanwhile
 
 
 def _open(s: Snapshot, p: Plan, now: float) -> None:
     """Open as many as are missing, and those that replace others in time."""
     renew = _to_renew(s, p, now)
-    room = s.limits.max_size - s.size
+    room = s.options.max_size - s.size
     connecting = _coming(s)
     missing = s.waiting - len(connecting) - _soon(s, p, now) - len(p.check)
-    number = max(s.limits.min_size - s.size, missing, 0)
+    number = max(s.options.min_size - s.size, missing, 0)
     under_way = sum(entry.failures == s.backoff.failures for entry in connecting)
     limit = s.backoff.limit(under_way, now)
     if s.backoff.failures and not under_way:
         # One attempt goes on even if nobody waits; otherwise the outage would never be over.
         number = max(number, 1)
-    limit = min(limit, s.limits.max_connecting - len(connecting))
+    limit = min(limit, s.options.max_connecting - len(connecting))
     p.open = max(0, int(min(number, room, limit)))
+    is_replacing = any(entry.replaces is not None for entry in (*s.attempts, *s.entries))
+    extra = 1 if s.options.overlap and not is_replacing else 0
     for entry in renew:
         if s.backoff.failures or p.open + len(p.replace) >= limit:
             break
-        extra = 1 if s.limits.overlap and not _replacements(s) else 0
         if p.open + len(p.replace) >= room + extra:
             break
         p.replace.append(entry)
@@ -250,27 +237,23 @@ def surplus(s: Snapshot) -> int:
     What `_open` opens is none of them; otherwise it would be stopped and opened for ever.
     """
     present = len(s.entries) - len(_in(s, State.CONFIGURING))
-    needed = max(s.waiting, s.limits.min_size - present, bool(s.backoff.failures))
+    needed = max(s.waiting, s.options.min_size - present, bool(s.backoff.failures))
     coming = sum(entry.failures == s.backoff.failures for entry in _coming(s))
     all_but_closing = (
         entry for entry in (*s.entries, *s.attempts) if entry.state is not State.CLOSING
     )
     size = sum(entry.replaces is None for entry in all_but_closing)
-    return max(coming - needed, size - s.limits.max_size, 0)
-
-
-def _replacements(s: Snapshot) -> list[PoolEntry[Any]]:
-    return [entry for entry in (*s.attempts, *s.entries) if entry.replaces is not None]
+    return max(coming - needed, size - s.options.max_size, 0)
 
 
 def _to_renew(s: Snapshot, p: Plan, now: float) -> list[PoolEntry[Any]]:
     """Return those that will have to go soon and are needed, the most urgent first."""
     due = []
-    spare = 0 if s.waiting else len(_lendable(s, p, now)) - s.limits.min_size
+    spare = 0 if s.waiting else len(_lendable(s, p, now)) - s.options.min_size
     for entry in _lendable(s, p, now):
         is_spare = entry.state is State.IDLE and spare > 0
         spare -= is_spare
-        ends = entry.evict_at(s.limits.max_idle) if entry.state is State.IDLE else entry.expires
+        ends = entry.evict_at(s.options.max_idle) if entry.state is State.IDLE else entry.expires
         if entry.renewed or ends == FOREVER or ends <= now:  # a thread may just have retired it
             continue
         began = entry.created if ends == entry.expires else entry.idle_since

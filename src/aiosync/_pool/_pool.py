@@ -22,7 +22,6 @@ from .._park import (
     checkpoint,
     current_token,
     ki_protected,
-    loop_ended,
     task_waiter,
     thread_waiter,
     token_getter,
@@ -45,9 +44,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The states of a pool, in the words of the errors.
+# Why a pool is not open, or will not be one day, in the words of the errors.
 _NEW = "is not open yet: use it inside of 'async with pool:'"
-_OPEN = "is open"
 _CLOSED = "is closed"
 _FORKED = "was opened before a fork, and belongs to the parent process: open one here"
 
@@ -165,13 +163,13 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         "_options",
         "_record",
         "_resets",
-        "_state",
         "_statistics",
         "_tracks_loans",
         "_validates",
         "_waiters",
         "_waits",
         "_where",
+        "_why_closed",
     )
 
     # The type of the pool follows from what `connect` returns, or awaits to.
@@ -198,7 +196,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         checked = self._options = Options(connect, context, options)
         if checked.name is None:
             checked.name = f"pool-{next(_numbers)}"
-        self._state = _NEW
+        self._why_closed = _NEW
         self._statistics = Statistics()
         self._waits = self._statistics.waits
         self._fast_acquire: bool = checked.fast_acquire
@@ -255,17 +253,17 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         :raises anyio.NoEventLoopError: if not called under asyncio or trio
         """
         where = token_getter()
-        if self._state is _FORKED:
+        if self._why_closed is _FORKED:
             raise self._not_open()
         if not self.closed:
             raise RuntimeError(f"{self.name} is open already")
-        if self._state is not _NEW:
+        if self._why_closed is not _NEW:
             self._begin_again()
         self._maintenance.begin()
         self._clock = self._maintenance.core.clock
         self._home = self._maintenance.home
         self._where = where
-        self._state = _OPEN
+        self._why_closed = _CLOSED
         _open_pools.add(self)
 
     def _begin_again(self) -> None:
@@ -274,7 +272,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         if not (before.finished or before.lost_loop):
             raise PoolClosed(f"{self.name} is still being closed")
         inventory.close(before.closed)
-        for entry in inventory.open():  # nobody will close it
+        for entry in inventory.entries.values():  # nobody will close it
             self._statistics.forget(entry)
         self._install()
         self._inventory.reclaimed = inventory.reclaimed
@@ -288,11 +286,9 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
 
         :raises RuntimeError: if the event loop of the pool has ended before
         """
-        if self._state is _NEW or self._state is _FORKED:
+        if self._why_closed is _NEW or self._why_closed is _FORKED:
             return
-        self._state = _CLOSED
         maintenance = self._maintenance
-        maintenance.inventory.close(maintenance.closed)
         maintenance.stop()
         if maintenance.lost_loop:
             raise RuntimeError(
@@ -326,11 +322,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         return not self.closed and not self._maintenance.core.backoff.is_outage
 
     def _not_open(self) -> PoolClosed:
-        return PoolClosed(f"{self.name} {self._why_closed()}")
-
-    def _why_closed(self) -> str:
-        # The event loop may have ended while the pool was open.
-        return _CLOSED if self._state is _OPEN else self._state
+        return PoolClosed(f"{self.name} {self._why_closed}")
 
     def _check_open(self) -> None:
         """Complain if nobody may use the pool, or nobody on this event loop."""
@@ -348,7 +340,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
     def _leave_to_parent(self) -> None:
         if self._maintenance.finished:
             return  # it has been closed, so nothing of it is the parent's
-        self._state = _FORKED
+        self._why_closed = _FORKED
         self._maintenance.leave_to_parent()
         self._install()
 
@@ -422,7 +414,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         if entry is None:
             if current_token() is None:
                 self._check_loop()
-            self._maintenance.core.want()
+            self._inventory.want()
             raise WouldBlock
         return self._lend(entry, now)
 
@@ -467,8 +459,8 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
                     )
                 else:
                     # Maintenance has one timer for all waiters.
-                    if deadline < self._maintenance.next_deadline:
-                        self._maintenance.watch(deadline)
+                    if deadline < inventory.next_deadline:
+                        inventory.watch(deadline)
                     found = await waiter
                 if found is None:
                     found = inventory.leave(waiter)
@@ -504,7 +496,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         if not is_task:
             self._check_loop()
         self._statistics.count("requests_errors")
-        self._maintenance.core.want()
+        inventory.want()
         raise self._maintenance.core.timed_out(timeout)
 
     @ki_protected
@@ -513,28 +505,25 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
 
         :raises PoolTimeout: if that would be in vain; or another exception, see `acquire`
         """
-        core = self._maintenance.core
-        if core.cannot_connect():
-            self._refuse_request()
-            raise core.connect_error()
+        core, most = self._maintenance.core, self._options.max_waiting
         if not is_task:
             self._check_loop()
-        if 0 < self._options.max_waiting <= len(self._waiters):
-            self._refuse_request()
-            raise TooManyRequests(
-                f"{self._options.max_waiting} wait for a connection of {self.name} already"
-            )
-
-    def _refuse_request(self) -> None:
+        if core.cannot_connect():
+            error = core.connect_error()
+        elif 0 < most <= len(self._waiters):
+            error = TooManyRequests(f"{most} wait for a connection of {self.name} already")
+        else:
+            return
         self._statistics.count("requests_errors")
         self._statistics.count("refusals")
+        raise error
 
     def _check_loop(self) -> None:
         """Check that a thread is served by somebody.
 
         :raises PoolClosed: if the event loop of the pool has ended
         """
-        if loop_ended(self._home):
+        if self._maintenance.lost_loop:
             raise PoolClosed(f"the event loop of {self.name} has ended, without closing the pool")
 
     def _count_wait(self, outcome: str, began: float) -> None:
@@ -557,7 +546,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
     def _lend(self, entry: PoolEntry[T], now: float) -> T:
         connection: Any = entry.connection
         if self._inventory.closed is not None:
-            if self._state is _FORKED:  # it was granted by the parent
+            if self._why_closed is _FORKED:  # it was granted by the parent
                 raise self._not_open()
             self._inventory.wake()  # the pool is being closed, and looks for it
         entry.state = _IN_USE
@@ -631,7 +620,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
             entry.state = _RETURNING
             entry.since = now
             if entry.expires > now and current_token() is self._home:
-                self._maintenance.validation.reset_in_call(entry)
+                self._maintenance.validation.reset_in_background(entry)
             else:
                 self._inventory.hand_over(entry)
         else:
@@ -711,7 +700,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
 
     def _refuse(self, connection: T) -> None:
         """Complain that `connection` is not borrowed, unless that does not matter."""
-        if self._state is _FORKED:
+        if self._why_closed is _FORKED:
             raise self._not_open()
         if self._inventory.reclaimed.pop(id(connection), None) is None:
             raise ValueError(
@@ -760,7 +749,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         min_size, max_size = check_sizes(min_size, max_size)
         self._check_open()
         self._options.min_size, self._options.max_size = min_size, max_size
-        self._maintenance.resize(min_size, max_size)
+        self._inventory.wake()
         await checkpoint()
 
     async def drain(self) -> None:
@@ -803,12 +792,12 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
     @property
     def min_size(self) -> int:
         """How many connections are kept."""
-        return self._maintenance.core.limits.min_size
+        return self._maintenance.core.options.min_size
 
     @property
     def max_size(self) -> int:
         """How many connections there may be."""
-        return self._maintenance.core.limits.max_size
+        return self._maintenance.core.options.max_size
 
     def info(self, connection: T) -> ConnectionInfo:
         """Return age and use of a connection of this pool. May be called from anywhere.
@@ -838,7 +827,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         return self._statistics.as_psycopg(self.statistics())
 
     def __repr__(self) -> str:
-        state = "open" if self._inventory.closed is None else self._why_closed()
+        state = "open" if self._inventory.closed is None else self._why_closed
         return (
             f"<aiosync.ConnectionPool {self.name!r} {state}: "
             f"{self._maintenance.core.size} of {self.max_size} connections, "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections import Counter
+from copy import deepcopy
+from itertools import count
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from ._entry import PoolEntry
     from ._inventory import Inventory
+    from ._options import Options
 
 log = logging.getLogger("aiosync.pool")
 
@@ -33,7 +36,7 @@ BATCH = 255
 _MOST = 5
 
 # The fields of `PoolStatistics` that are counted by name. Others are "requests_errors", for
-# `as_psycopg`, and "closed_" with the reason.
+# `as_psycopg`, "closed_" with the reason, and "loans" of closed connections.
 _COUNTED = (
     "refusals", "timeouts", "cancelled", "errors", "connects", "connect_errors", "failed_checks",
     "failed_resets", "failed_closes", "leaks",
@@ -52,11 +55,6 @@ class _Durations:
             self.counts[bisect_left(BOUNDS, duration)] += 1
             self.sum += duration
 
-    def copy(self) -> _Durations:
-        copy = _Durations()
-        copy.counts, copy.sum = self.counts.copy(), self.sum
-        return copy
-
     def frozen(self) -> Histogram:
         return Histogram(BOUNDS, tuple(self.counts), self.sum)
 
@@ -74,10 +72,8 @@ class Statistics:
         # How long requests have waited that are not in the histogram yet, in seconds.
         self.waits: list[float] = []
         self._wait, self._use, self._connect = _Durations(), _Durations(), _Durations()
-        # How many connections were made.
-        self._made = 0
-        # How often closed connections were borrowed.
-        self._uses = 0
+        # For new connections.
+        self.numbers = count(1)
 
     def count(self, name: str) -> None:
         with self._lock:
@@ -95,12 +91,6 @@ class Statistics:
         with self._lock:
             self._connect.add((seconds,))
 
-    def number(self) -> int:
-        """Return a number for a new connection."""
-        with self._lock:
-            self._made += 1
-            return self._made
-
     def flush(self, entry: PoolEntry[Any]) -> None:
         """Count the latest uses of an entry. To be called by the one that it belongs to."""
         with self._lock:
@@ -112,30 +102,29 @@ class Statistics:
         """Keep the sums of an entry that has been closed."""
         self.flush(entry)
         with self._lock:
-            self._uses += entry.uses
+            self._counts["loans"] += entry.uses
 
     def snapshot(
-        self, inventory: Inventory[Any], sizes: tuple[int, int], connecting: int
+        self, inventory: Inventory[Any], options: Options, connecting: int
     ) -> PoolStatistics:
         """Return all figures.
 
-        :param sizes: `min_size` and `max_size`
         :param connecting: how many connections are being made that are not in the inventory
         """
-        entries = inventory.open()
+        entries = list(inventory.entries.copy().values())
         waiting = inventory.waiting()
         threads = sum(isinstance(waiter, ThreadWaiter) for waiter in waiting)
         self.fold_waits()
         with self._lock:
             counts = self._counts.copy()
-            loans = self._uses + sum(entry.uses for entry in entries)
-            use = self._use.copy()
+            loans = counts["loans"] + sum(entry.uses for entry in entries)
+            use = deepcopy(self._use)
             wait, connect = self._wait.frozen(), self._connect.frozen()
         for entry in entries:
             use.add(entry.samples.copy())
         return PoolStatistics(
-            min_size=sizes[0],
-            max_size=sizes[1],
+            min_size=options.min_size,
+            max_size=options.max_size,
             size=len(entries) + connecting,
             idle=inventory.idle(),
             in_use=len(inventory.in_use),

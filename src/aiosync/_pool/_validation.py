@@ -18,10 +18,6 @@ from ._entry import FOREVER, State
 from ._inventory import Disposition
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from anyio import CancelScope
-
     from ._closing import Closing
     from ._core import Core
     from ._entry import PoolEntry
@@ -41,28 +37,20 @@ class Validation(Generic[T]):
     def __init__(self, core: Core[T], closing: Closing[T]) -> None:
         self._core = core
         self._closing = closing
-        # Of the steps that are running in tasks of the pool.
-        self._scopes: set[CancelScope] = set()
-        core.settle = self.settle
 
-    def make_available(self, entry: PoolEntry[T], step: Step | Literal["connect"]) -> None:
-        """Make available an entry that has come through a step."""
+    def make_available(self, entry: PoolEntry[T], *, is_new: bool) -> None:
+        """Make available an entry that is new, or was checked."""
         now = self._core.clock()
-        entry.is_reset = True
+        entry.is_suspect = False
         entry.keepalive_from = now
-        if step == "check":
-            entry.is_suspect = False
-        else:  # a check is no use of the connection
+        if is_new:  # a check is no use of the connection
             entry.idle_since = now
         entry.enter(State.IDLE, now)
         if self._core.inventory.disposition(entry, now) is Disposition.CLOSE:
             self._evict(entry, now)
             return
         self._core.inventory.freshen(entry, now)
-        if step == "reset":
-            self._core.inventory.check_in(entry, now)
-        else:
-            self._core.inventory.put(entry, first=step == "check")
+        self._core.inventory.put(entry, first=not is_new)
 
     def _evict(self, entry: PoolEntry[T], now: float) -> None:
         if entry.expires <= now:
@@ -83,38 +71,35 @@ class Validation(Generic[T]):
         elif self._core.inventory.closed is not None:
             self._closing.discard(entry, "shutdown")
         elif todo is Disposition.RESET:
-            self.validate(entry, "reset")
+            self.reset_in_background(entry)
         else:
             if entry.state is not State.IDLE:
                 entry.enter(State.IDLE, now)
             self._core.inventory.check_in(entry, now)
 
-    def validate(self, entry: PoolEntry[T], step: Step) -> None:
-        """Check or reset an entry; in a task, if the hook is async."""
+    def check(self, entry: PoolEntry[T]) -> None:
+        """Check an entry; in a task, if the hook is async."""
         entry.enter(State.VALIDATING, self._core.clock())
         try:
-            result = self._core.tasks.begin(getattr(self._core.options, step), entry.connection)
+            result = self._core.tasks.begin(self._core.options.check, entry.connection)
         except (Exception, get_cancelled_exc_class()) as error:
-            self._validated(entry, step, error)
+            self._validated(entry, "check", error)
             return
         if isawaitable(result):
-            self._core.tasks.start(self._validate, entry, step, result)
+            self._core.tasks.start(self._check, entry, result)
         else:
-            self._validated(entry, step, _refusal(step, result))
+            self._validated(entry, "check", _refusal(result))
 
-    async def _validate(self, entry: PoolEntry[T], step: Step, result: Any) -> None:
-        error: BaseException | None = ConnectionError(f"{step}() was cancelled")
+    async def _check(self, entry: PoolEntry[T], result: Any) -> None:
+        error: BaseException | None = ConnectionError("check() was cancelled")
         try:
-            with fail_after(self._core.options.check_timeout, shield=True) as scope:
-                self._scopes.add(scope)
-                try:
-                    error = _refusal(step, await self._core.tasks.finish(result))
-                finally:
-                    self._scopes.discard(scope)
+            with fail_after(self._core.options.check_timeout, shield=True) as entry.scope:
+                error = _refusal(await self._core.tasks.finish(result))
         except Exception as caught:
             error = caught
         finally:
-            self._validated(entry, step, error)
+            entry.scope = None
+            self._validated(entry, "check", error)
             self._core.wake()
             del error  # break the reference cycle through the traceback
 
@@ -122,27 +107,22 @@ class Validation(Generic[T]):
         if entry.state in _CLOSED:
             return
         if error is None:
-            self.make_available(entry, step)
+            self.make_available(entry, is_new=False)
         else:
             self._closing.discard(entry, step, error)
 
-    async def check_all(self, entries: list[PoolEntry[T]], done: Callable[[], object]) -> None:
-        """Check idle entries, one after the other, so that the others are available."""
-        try:
-            for entry in entries:
-                if self._core.inventory.take(entry):
-                    entry.enter(State.VALIDATING, self._core.clock())
-                    check = self._core.tasks.call(self._core.options.check, entry.connection)
-                    await self._validate(entry, "check", check)
-        finally:
-            done()
+    async def check_all(self) -> None:
+        """Check the idle entries, one after the other, so that the others are available."""
+        inventory = self._core.inventory
+        idle = inventory.available()
+        # The one that is checked last is handed out first.
+        for entry in idle if inventory.lifo else reversed(idle):
+            if inventory.take(entry):
+                entry.enter(State.VALIDATING, self._core.clock())
+                check = self._core.tasks.call(self._core.options.check, entry.connection)
+                await self._check(entry, check)
 
-    def cancel(self) -> None:
-        """End what runs in tasks of the pool."""
-        for scope in self._scopes:
-            scope.cancel()
-
-    # -- In the task of a borrower.
+    # -- Resets, in the task of a borrower or in one of the pool.
 
     @ki_protected
     def reset_here(self, entry: PoolEntry[T]) -> Any:
@@ -158,13 +138,14 @@ class Validation(Generic[T]):
         return None
 
     @ki_protected
-    def reset_in_call(self, entry: PoolEntry[T]) -> None:
-        """Reset an entry in a plain call of its borrower: at once, or in the background."""
-        result = self._begin_reset(entry)
-        if isawaitable(result):
-            self._core.post(partial(self._reset_in_task, entry, result))
-        elif result is not _FAILED:
-            self._finish_return(entry)
+    def reset_in_background(self, entry: PoolEntry[T]) -> None:
+        """Reset an entry at once if the hook is plain, and otherwise in a task of the pool."""
+        rest = self.reset_here(entry)
+        if rest is not None:
+            self._core.post(partial(self._core.tasks.start, self._reset, rest))
+
+    async def _reset(self, rest: Any) -> None:
+        await rest
 
     def _begin_reset(self, entry: PoolEntry[T]) -> Any:
         try:
@@ -176,13 +157,6 @@ class Validation(Generic[T]):
             interrupted = ConnectionError("reset() was interrupted")
             self._core.post(partial(self._validated, entry, "reset", interrupted))
             raise
-
-    def _reset_in_task(self, entry: PoolEntry[T], result: Any) -> None:
-        if entry.state in _CLOSED:
-            getattr(result, "close", bool)()
-            return
-        entry.enter(State.VALIDATING, self._core.clock())
-        self._core.tasks.start(self._validate, entry, "reset", result)
 
     @ki_protected
     async def _finish_reset(self, entry: PoolEntry[T], result: Any) -> None:
@@ -196,7 +170,7 @@ class Validation(Generic[T]):
         try:
             with shielded_scope() as scope:
                 entry.scope = scope
-                self._watch_reset(entry.since + self._core.options.check_timeout)
+                self._core.inventory.watch(entry.since + self._core.options.check_timeout)
                 await result
                 error = None
             if scope.cancel_called and error is not None:
@@ -216,11 +190,6 @@ class Validation(Generic[T]):
                 self._core.post(partial(self._validated, entry, "reset", error))
             del error  # break the reference cycle through the traceback
 
-    def _watch_reset(self, deadline: float) -> None:
-        if deadline < self._core.reset_deadline:  # otherwise that look comes early enough
-            self._core.reset_deadline = deadline
-            self._core.wake()
-
     @ki_protected
     def _finish_return(self, entry: PoolEntry[T]) -> None:
         """Make available an entry that its borrower has reset, or hand it over."""
@@ -234,15 +203,13 @@ class Validation(Generic[T]):
         is_fresh = entry.fresh_until > now
         if inventory.is_closed is not None and inventory.has_closed(entry):
             is_fresh = False
-        if inventory.closed is None and is_fresh:
+        if inventory.closed is None and is_fresh and not entry.is_suspect:
             entry.state = State.IDLE
             inventory.put(entry)
         else:
-            self._core.hand_over(entry)
+            inventory.hand_over(entry)
 
 
-def _refusal(step: Step, result: object) -> BaseException | None:
-    """Return what is wrong if a hook returned `result`."""
-    if step == "check" and result is False:
-        return ConnectionError("check() returned False")
-    return None
+def _refusal(result: object) -> BaseException | None:
+    """Return what is wrong if `check` returned `result`."""
+    return ConnectionError("check() returned False") if result is False else None

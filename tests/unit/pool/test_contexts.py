@@ -245,7 +245,7 @@ class TestContexts:
         async with ConnectionPool(connect, context=True, max_size=1, name="a pool") as pool:
             async with pool.connection() as connection:
                 pass
-            (task,) = [task for task in asyncio.all_tasks() if "context" in task.get_name()]
+            (task,) = [task for task in asyncio.all_tasks() if task.get_name() == "a pool connect"]
             task.cancel()
             await until_async(task.done)
             async with pool.connection(PATIENCE) as other:

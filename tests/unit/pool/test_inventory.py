@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict, deque
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -29,36 +30,24 @@ from aiosync import (
 from aiosync._handoff import HandoffQueue
 from aiosync._park import ThreadWaiter
 from aiosync._pool._entry import FOREVER, Failure, PoolEntry, State
-from aiosync._pool._inventory import Disposition, Inventory
+from aiosync._pool._inventory import Disposition, Inventory, _nothing
 
 
 def failure() -> Failure:
     return Failure(lambda: PoolClosed("closed"))
 
 
-def open_inventory(
-    calls: list[str] | None = None,
-    handed: list[object] | None = None,
-    lifo: bool = True,
-    max_idle: float = FOREVER,
-) -> Inventory[ClosableConnection]:
-    """Return an open inventory.
-
-    :param calls: gets what maintenance is told: "wake" or "want"
-    :param handed: gets the entries that are handed over to maintenance
-    """
-    told: list[str] = [] if calls is None else calls
-    inventory: Inventory[ClosableConnection] = Inventory(
-        max_idle,
-        FOREVER,
-        lifo,
-        failure(),
-        wake=lambda: told.append("wake"),
-        want=lambda: told.append("want"),
-        hand_over=([] if handed is None else handed).append,
-    )
+def open_inventory(lifo: bool = True, max_idle: float = FOREVER) -> Inventory[ClosableConnection]:
+    options: Any = SimpleNamespace(max_idle=max_idle, fresh=FOREVER, lifo=lifo, is_closed=None)
+    inventory: Inventory[ClosableConnection] = Inventory(options, failure())
     inventory.closed = None
     return inventory
+
+
+def told(inventory: Inventory[Any]) -> list[object]:
+    """Return what maintenance was told: "wake", "want", or the entries that it is to decide on."""
+    words: dict[object, str] = {_nothing: "wake", inventory._want: "want"}
+    return [words.get(job, job) for job in reversed(inventory.jobs.items)]
 
 
 def idle_entry(
@@ -96,13 +85,12 @@ class TestTheInventory:
         assert not inventory.items
 
     def test_an_entry_that_was_retired_on_its_way_goes_to_maintenance(self) -> None:
-        handed: list[object] = []
-        inventory = open_inventory(handed=handed)
+        inventory = open_inventory()
         old = idle_entry()
         old.retire("drain")
         inventory.put(old)
         assert inventory.idle() == 0
-        assert handed == [old]
+        assert told(inventory) == [old]
 
     def test_another_thread_takes_the_last_stale_entry(self) -> None:
         inventory = open_inventory()
@@ -110,12 +98,11 @@ class TestTheInventory:
         assert inventory.pick(0, False) is None
 
     def test_a_stale_entry_that_is_too_old_is_left_to_maintenance(self) -> None:
-        calls: list[str] = []
-        inventory = open_inventory(calls, max_idle=10)
+        inventory = open_inventory(max_idle=10)
         stale = idle_entry(fresh_until=1)
         inventory.stale.append(stale)
         assert inventory.pick(10, False) is None
-        assert calls == ["wake"]
+        assert told(inventory) == ["wake"]
         assert inventory.pick(9, False) is stale
 
     @pytest.mark.parametrize("lifo", [True, False])
@@ -135,12 +122,11 @@ class TestTheInventory:
     def test_without_lifo_stale_entries_are_asked_for_although_others_are_fresh(
         self, lifo: bool
     ) -> None:
-        calls: list[str] = []
-        inventory = open_inventory(calls, lifo=lifo)
+        inventory = open_inventory(lifo=lifo)
         inventory.stale.append(idle_entry(fresh_until=0))
         inventory.items.append(good := idle_entry())
         assert inventory.pick(1, True) is good
-        assert calls == ([] if lifo else ["want"])
+        assert told(inventory) == ([] if lifo else ["want"])
 
     def test_a_copy_that_another_thread_interrupts_is_made_again(self) -> None:
         inventory = open_inventory()
@@ -192,8 +178,7 @@ class TestTheInventory:
 
 
 def test_a_waiter_that_joins_while_a_stale_connection_is_laid_aside_is_noticed() -> None:
-    calls: list[str] = []
-    inventory = open_inventory(calls)
+    inventory = open_inventory()
     stale = idle_entry(fresh_until=0)
     inventory.items.append(stale)
 
@@ -202,13 +187,13 @@ def test_a_waiter_that_joins_while_a_stale_connection_is_laid_aside_is_noticed()
 
         def append(self, item: Any) -> None:
             inventory.join(ThreadWaiter())
-            assert not calls
+            assert not told(inventory)
             super().append(item)
 
     inventory.stale = Slow()
     assert inventory.pick(1, True) is None  # and the caller does not wait after all
     assert list(inventory.stale) == [stale]
-    assert calls == ["wake"]
+    assert told(inventory) == ["wake"]
 
 
 def closed() -> Failure:
@@ -216,14 +201,12 @@ def closed() -> Failure:
 
 
 def test_an_entry_that_is_put_back_into_a_closed_inventory_is_told() -> None:
-    calls: list[str] = []
-    inventory: Inventory[ClosableConnection] = Inventory(
-        60.0, 60.0, True, closed(), lambda: calls.append("wake"), nothing, nothing
-    )
+    inventory = open_inventory()
+    inventory.closed = closed()
     inventory.put_back(closed())
-    assert calls == []
+    assert told(inventory) == []
     inventory.put_back(PoolEntry(0.0))
-    assert calls == ["wake"]
+    assert told(inventory) == ["wake"]
 
 
 @pytest.mark.anyio

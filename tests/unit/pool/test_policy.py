@@ -11,11 +11,12 @@ import asyncio
 import gc
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -37,11 +38,28 @@ from aiosync._pool._backoff import (
     Backoff,
 )
 from aiosync._pool._entry import FOREVER, IMMEDIATELY, TRANSITIONS, PoolEntry, State
-from aiosync._pool._policy import SOON, Limits, Plan, Snapshot, plan
+from aiosync._pool._policy import SOON, Plan, Snapshot, plan
 
 Entry = PoolEntry[str]
 ACTIVE = (State.IN_USE, State.RETURNING, State.VALIDATING)
 NOW = 1000.0
+
+
+def options(**changed: Any) -> Any:
+    """Return the options that decide what is to be done, without limits of time."""
+    unlimited = dict.fromkeys(
+        ("max_idle", "keepalive", "check_timeout", "max_connecting", "leak_timeout"), FOREVER
+    )
+    sizes = {"min_size": 0, "max_size": 10}
+    return SimpleNamespace(**{**unlimited, **sizes, "overlap": True, "lifo": True, **changed})
+
+
+def snapshot(
+    given: Any, entries: Sequence[Entry] = (), granted: Sequence[Entry] = (), **more: Any
+) -> Snapshot:
+    """Return a snapshot. All idle entries are available but those that are `granted`."""
+    idle = [each for each in entries if each.state is State.IDLE and each not in granted]
+    return Snapshot(given, entries, sorted(idle, key=attrgetter("idle_since")), **more)
 
 
 def entry(
@@ -85,13 +103,13 @@ def situation(
     backoff = backoff or Backoff()
     attempts = [each for each in entries if each.state is State.CONNECTING]
     attempts += [entry(State.CONNECTING, failures=backoff.failures) for _ in range(connecting)]
-    return Snapshot(
-        Limits(**{"max_size": 3, **limits}),
+    return snapshot(
+        options(**{"max_size": 3, **limits}),
         [each for each in entries if each.state is not State.CONNECTING],
-        attempts,
-        waiting,
-        backoff,
-        connect_time,
+        attempts=attempts,
+        waiting=waiting,
+        backoff=backoff,
+        connect_time=connect_time,
     )
 
 
@@ -542,7 +560,7 @@ class Simulation:
 
     def __init__(self, chance: Callable[[], float], **limits: Any) -> None:
         self.chance = chance
-        self.limits = Limits(**limits)
+        self.limits = options(**limits)
         self.now = NOW
         self.backoff = Backoff()
         self.entries: list[Entry] = []
@@ -562,13 +580,13 @@ class Simulation:
     # -- What maintenance does.
 
     def plan(self) -> Plan:
-        given = Snapshot(
+        given = snapshot(
             self.limits,
             self.entries.copy(),
-            self.attempts.copy(),
-            self.waiting,
-            self.backoff,
-            self.connect_time,
+            attempts=self.attempts.copy(),
+            waiting=self.waiting,
+            backoff=self.backoff,
+            connect_time=self.connect_time,
         )
         before = described(given)
         found = plan(given, self.now)
@@ -730,7 +748,7 @@ class Simulation:
         self.wake()
 
     def resize(self, min_size: int, max_size: int) -> None:
-        self.limits = replace(self.limits, min_size=min_size, max_size=max_size)
+        self.limits.min_size, self.limits.max_size = min_size, max_size
         self.wake()
 
     def drain(self) -> None:
@@ -763,7 +781,7 @@ _fields = attrgetter(*(name for name in PoolEntry.__slots__ if name != "samples"
 def described(given: Snapshot) -> object:
     """Return all that is in a snapshot, to be compared later."""
     return (
-        given.limits,
+        dict(vars(given.options)),
         given.waiting,
         replace(given.backoff),
         given.connect_time,
@@ -970,7 +988,7 @@ class TestStates:
             ("_pool._return", "_RETURNING"),
             ("_pool._reset_and_release", "_RETURNING"),
             ("_validation._finish_return", "State.IDLE"),
-            ("_closing.forget", "State.CLOSED"),
+            ("_closing._forget", "State.CLOSED"),
         }
 
 
@@ -1064,7 +1082,7 @@ async def a_reset_that_never_starts() -> None:
         resets: list[asyncio.Task[Any]] = []
         while not resets:
             await asyncio.sleep(0)
-            resets = [each for each in asyncio.all_tasks() if each.get_name() == "db validate"]
+            resets = [each for each in asyncio.all_tasks() if each.get_name() == "db reset"]
         resets[0].cancel()
         assert await pool.acquire() is connection
         pool.release(connection)
@@ -1098,7 +1116,7 @@ class TestReplacementsAndChecks:
     def test_closes_a_replacement_whose_place_was_taken_away(self) -> None:
         spare = plain_entry(State.STANDBY, replaces=plain_entry(State.CLOSED))
         used = plain_entry(State.IN_USE)
-        todo = plan(Snapshot(Limits(max_size=1), [used, spare]), 1.0)
+        todo = plan(snapshot(options(max_size=1), [used, spare]), 1.0)
         assert todo.close == [(spare, "resize")]
         assert not todo.admit
 
@@ -1106,33 +1124,33 @@ class TestReplacementsAndChecks:
     def test_says_why_a_connection_was_replaced(self, state: str, reason: str) -> None:
         old = plain_entry(State[state], expires=100.0, idle_since=50.0)
         new = plain_entry(State.STANDBY, replaces=old)
-        todo = plan(Snapshot(Limits(max_size=1, max_idle=49.0), [old, new]), 98.0)
+        todo = plan(snapshot(options(max_size=1, max_idle=49.0), [old, new]), 98.0)
         assert todo.close == [(old, reason)]
 
     def test_looks_at_an_idle_connection_in_time_to_replace_it_if_it_is_in_use_by_then(
         self,
     ) -> None:
         spare = plain_entry(State.IDLE, expires=100.0)
-        limits = Limits(max_idle=1000.0)
-        assert plan(Snapshot(limits, [spare]), 1.0).look_at == 97.5
-        todo = plan(Snapshot(limits, [spare]), 98.0)
+        limits = options(max_idle=1000.0)
+        assert plan(snapshot(limits, [spare]), 1.0).look_at == 97.5
+        todo = plan(snapshot(limits, [spare]), 98.0)
         assert todo.replace == []
         assert 98.0 < todo.look_at <= 100.0
         spare.state = State.IN_USE
-        assert plan(Snapshot(limits, [spare]), 98.0).replace == [spare]
+        assert plan(snapshot(limits, [spare]), 98.0).replace == [spare]
 
     def test_tries_once_if_nobody_wants_a_connection(self) -> None:
         backoff = Backoff(failures=1, began=0.0)
-        assert plan(Snapshot(Limits(), backoff=backoff), 0.0).open == 1
+        assert plan(snapshot(options(), backoff=backoff), 0.0).open == 1
         attempt: PoolEntry[Any] = PoolEntry(0.0, failures=1)
-        assert plan(Snapshot(Limits(), attempts=[attempt], backoff=backoff), 0.0).open == 0
+        assert plan(snapshot(options(), attempts=[attempt], backoff=backoff), 0.0).open == 0
 
     def test_does_not_rely_on_a_check_of_what_somebody_else_will_get(self) -> None:
         stale = plain_entry(State.IDLE, fresh_until=0.0)
-        todo = plan(Snapshot(Limits(max_size=2), [stale], waiting=1, granted=[stale]), 1.0)
+        todo = plan(snapshot(options(max_size=2), [stale], waiting=1, granted=[stale]), 1.0)
         assert (todo.check, todo.open) == ([], 1)
 
     def test_relies_on_a_check_for_a_moment_only(self) -> None:
         stale = plain_entry(State.IDLE, fresh_until=0.0)
-        todo = plan(Snapshot(Limits(max_size=2), [stale], waiting=1), 1.0)
+        todo = plan(snapshot(options(max_size=2), [stale], waiting=1), 1.0)
         assert (todo.check, todo.open, todo.look_at) == ([stale], 0, 1.0 + SOON)

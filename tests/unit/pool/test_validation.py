@@ -790,6 +790,21 @@ class TestReset:
             assert pool.get_stats()["returns_bad"] == 2
         assert messages(caplog) == [("WARNING", "db: reset failed: KeyError('no')")] * 2
 
+    @pytest.mark.parametrize("is_plain", [False, True], ids=["async", "plain"])
+    async def test_after_a_block_that_raises_a_check_follows(
+        self, backend: Backend, is_plain: bool
+    ) -> None:
+        calls: list[object] = []
+        reset = Reset(None) if is_plain else Reset()
+        async with backend.pool(
+            max_size=1, reset=reset, check=calls.append, check_idle=None
+        ) as pool:
+            with pytest.raises(KeyError, match="mine"):
+                async with pool.connection():
+                    raise KeyError("mine")
+            async with pool.connection() as connection:
+                assert calls == [connection]
+
     async def test_a_failed_reset_does_not_hide_what_the_block_raises(
         self, backend: Backend
     ) -> None:
