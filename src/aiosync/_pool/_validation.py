@@ -6,11 +6,12 @@ synchronously: to the inventory, or to `Closing.discard`. So a slot always comes
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from anyio import fail_after, get_cancelled_exc_class
+from anyio import CancelScope, fail_after, get_cancelled_exc_class
 
 from .._park import ki_protected
 from .._scopes import current_task_id, shielded_scope
@@ -71,7 +72,8 @@ class Validation(Generic[T]):
         elif self._core.inventory.closed is not None:
             self._closing.discard(entry, "shutdown")
         elif todo is Disposition.RESET:
-            self.reset_in_background(entry)
+            with suppress(get_cancelled_exc_class()):  # of a cancelled Future; it counts as failed
+                self.reset_in_background(entry)
         else:
             if entry.state is not State.IDLE:
                 entry.enter(State.IDLE, now)
@@ -142,10 +144,16 @@ class Validation(Generic[T]):
         """Reset an entry at once if the hook is plain, and otherwise in a task of the pool."""
         rest = self.reset_here(entry)
         if rest is not None:
-            self._core.post(partial(self._core.tasks.start, self._reset, rest))
+            # It can't take too long before it has begun.
+            entry.since = entry.grace_until = FOREVER
+            self._core.post(partial(self._core.tasks.start, self._reset, entry, rest))
 
-    async def _reset(self, rest: Any) -> None:
-        await rest
+    async def _reset(self, entry: PoolEntry[T], rest: Any) -> None:
+        entry.since = self._core.clock()
+        # Inside of a scope, a cancellation is repeated until the hook ends. Otherwise a hook that
+        # ignores the first one would keep the pool from being closed.
+        with CancelScope():
+            await rest
 
     def _begin_reset(self, entry: PoolEntry[T]) -> Any:
         try:
@@ -165,8 +173,9 @@ class Validation(Generic[T]):
         If it is cancelled natively, or closed, the connection is closed in the background.
         """
         error: BaseException | None = ConnectionError("reset() was cancelled")
-        task = current_task_id()
-        self._core.tasks.ids.add(task)
+        task, ids = current_task_id(), self._core.tasks.ids
+        is_of_pool = task in ids  # if a hook has borrowed the connection, or in the background
+        ids.add(task)
         try:
             with shielded_scope() as scope:
                 entry.scope = scope
@@ -179,7 +188,8 @@ class Validation(Generic[T]):
         except Exception as caught:
             error = caught
         finally:
-            self._core.tasks.ids.discard(task)
+            if not is_of_pool:
+                ids.discard(task)
             entry.scope = None
             entry.grace_until = FOREVER
             if entry.state is not State.RETURNING:

@@ -262,6 +262,24 @@ class TestMaintenance:
             with pytest.raises(PoolClosed):
                 await pool.acquire()
 
+    async def test_so_it_may_after_it_has_borrowed_a_connection(self) -> None:
+        ended = anyio.Event()
+
+        async def try_it(event: PoolEvent) -> None:
+            if event.kind == "connected":
+                async with pool.connection():
+                    pass
+                await pool.close()
+                ended.set()
+
+        async def reset(_: object) -> None:
+            pass
+
+        pool = ConnectionPool(ClosableConnection, min_size=1, reset=reset, on_event=try_it)
+        async with pool:
+            with anyio.fail_after(PATIENCE):
+                await ended.wait()
+
     async def test_an_event_that_ends_in_a_cancellation_loses_nothing(self) -> None:
         cancelled = anyio.get_cancelled_exc_class()
 

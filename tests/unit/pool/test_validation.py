@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -1126,6 +1127,77 @@ class TestResetThatTakesTooLong(Virtual):
             assert reset.ended == [2]
             await settle()
             assert pool.statistics().closed["lifetime"] == 1
+
+
+@pytest.mark.anyio
+class TestResetInTheBackground(Virtual):
+    """What `release` leaves to a task of the pool."""
+
+    async def release(self, pool: Pool, by: str) -> None:
+        connection = await pool.acquire()
+        if by == "task":
+            pool.release(connection)
+        else:
+            thread = threading.Thread(target=pool.release, args=[connection])
+            thread.start()
+            thread.join()  # no time passes
+
+    @pytest.mark.parametrize("by", ["task", "thread"])
+    async def test_one_that_hangs_is_ended_even_if_it_has_no_time_at_all(
+        self, backend: Backend, by: str
+    ) -> None:
+        reset = Reset(never)
+        async with backend.pool(max_size=1, reset=reset, check_timeout=0) as pool:
+            await self.release(pool, by)
+            await anyio.sleep(1)
+            assert backend.closings == [1]
+            reset.work = None
+            began = anyio.current_time()
+        assert anyio.current_time() == began  # the pool has no reason to wait
+
+    @pytest.mark.parametrize("by", ["task", "thread"])
+    async def test_while_the_loop_is_busy_its_time_does_not_pass(
+        self, backend: Backend, by: str
+    ) -> None:
+        reset = Reset(lambda: anyio.sleep(1))
+        async with backend.pool(max_size=1, reset=reset, check_timeout=2) as pool:
+            # It is given back long before the loop comes to it.
+            now = pool._clock() - 5
+            pool._clock = lambda: now
+            await self.release(pool, by)
+            await anyio.sleep(1.5)
+            assert reset.ended == [1]
+            assert pool.statistics().closed["reset"] == 0
+
+    @pytest.mark.parametrize("by", ["task", "thread"])
+    async def test_one_that_ignores_its_first_cancellation_is_cancelled_again(
+        self, backend: Backend, by: str
+    ) -> None:
+        async def ignore() -> None:
+            try:
+                await never()
+            except anyio.get_cancelled_exc_class():
+                await never()
+
+        async with backend.pool(max_size=1, reset=Reset(ignore), check_timeout=2) as pool:
+            await self.release(pool, by)
+            await anyio.sleep(3)
+            assert backend.closings == [1]
+            began = anyio.current_time()
+        assert anyio.current_time() == began  # the pool has no reason to wait
+
+    @in_virtual_asyncio
+    async def test_a_cancellation_that_a_plain_one_raises_is_a_failure(
+        self, backend: Backend
+    ) -> None:
+        def reset(_: Connection) -> None:
+            raise asyncio.CancelledError  # the result of a Future, perhaps
+
+        async with backend.pool(max_size=1, reset=reset) as pool:
+            await self.release(pool, "thread")
+            await settle()
+            assert pool.statistics().closed["reset"] == 1
+            assert not pool.closed
 
 
 @pytest.mark.anyio
