@@ -45,7 +45,7 @@ if hasattr(os, "register_at_fork"):
 _LIFETIME_JITTER = 0.025
 
 
-# What takes too long, by whether the connection is ready.
+# What takes too long, by whether the connection is being closed.
 _VERBS = {False: "connect", True: "leave the context manager"}
 
 
@@ -116,8 +116,10 @@ class Connecting(Generic[T]):
                     if options.context:
                         await leave.wait()
                     scope.deadline = current_time() + options.time_to_close
-            if scope.cancelled_caught and current_time() >= scope.deadline:
-                error = TimeoutError(f"it takes too long to {_VERBS[ready]}")
+            if scope.cancelled_caught and (ready or current_time() >= scope.deadline):
+                error = TimeoutError(f"it takes too long to {_VERBS[leave.is_set()]}")
+            elif not (ready or scope.cancel_called):
+                error = ConnectionError("its context manager hides why it can't be configured")
         except Exception as caught:
             # To leave our scope inside of one that is still open fails, too.
             misuse = caught.__context__

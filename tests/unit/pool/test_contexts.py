@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Self
 
 import anyio
@@ -13,7 +13,7 @@ import anyio.abc
 import pytest
 from support.helpers import PATIENCE, until_async
 
-from aiosync import ConnectionPool
+from aiosync import ConnectionPool, PoolEvent, PoolTimeout
 
 pytestmark = pytest.mark.anyio
 
@@ -148,6 +148,49 @@ async def test_one_whose_configure_fails_is_left(sessions: Sessions) -> None:
         assert len(sessions.left) == 1
     assert pool.statistics().closed["configure"] == 1
     assert len(sessions.left) == 2
+
+
+async def test_one_that_hides_why_its_configure_fails_has_failed_to_connect() -> None:
+    @asynccontextmanager
+    async def connect() -> AsyncIterator[object]:
+        with suppress(ValueError):
+            yield object()
+
+    def configure(_: object) -> None:
+        raise ValueError("no")
+
+    async with ConnectionPool(connect, context=True, configure=configure) as pool:
+        with pytest.raises(PoolTimeout, match="hides why it can't be configured"):
+            await pool.acquire(0.05)
+        assert pool.statistics().connect_errors < 10  # not one after the other, without a pause
+
+
+async def test_one_that_is_configured_too_late_is_closed_for_that_reason() -> None:
+    @asynccontextmanager
+    async def connect() -> AsyncIterator[object]:
+        yield object()
+
+    async def configure(_: object) -> None:
+        with suppress(anyio.get_cancelled_exc_class()):
+            await anyio.sleep(PATIENCE)
+
+    closed = anyio.Event()
+    errors: list[BaseException | None] = []
+
+    def on_event(event: PoolEvent) -> None:
+        if event.kind == "closed" and not errors:
+            errors.append(event.error)
+            closed.set()
+
+    pool = ConnectionPool(
+        connect, context=True, configure=configure, connect_timeout=0.01, on_event=on_event
+    )
+    async with pool:
+        with suppress(anyio.WouldBlock):
+            pool.acquire_nowait()
+        with anyio.fail_after(PATIENCE):
+            await closed.wait()
+    assert repr(errors[0]) == "TimeoutError('it takes too long to connect')"
 
 
 async def test_a_close_hook_is_called_before_it_is_left(sessions: Sessions) -> None:
