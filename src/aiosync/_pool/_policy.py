@@ -128,10 +128,14 @@ def _shrink(s: Snapshot, p: Plan, now: float) -> None:
     coming = len(_in(s, State.CONFIGURING)) + len(s.attempts)
     coming -= sum(entry.replaces is not None for entry in _coming(s))
     surplus = len(lendable) + coming - s.options.max_size
-    # `resize` allows no 0: a pool that is being closed has it.
-    reason: CloseReason = "resize" if s.options.max_size else "shutdown"
     for entry in lendable[: max(0, surplus)]:
-        p.close.append((entry, reason))
+        p.close.append((entry, _no_room(s)))
+
+
+def _no_room(s: Snapshot) -> CloseReason:
+    """Return why a connection is closed for which there is no room."""
+    # `resize` allows no 0: a pool that is being closed has it.
+    return "resize" if s.options.max_size else "shutdown"
 
 
 def _coming(s: Snapshot) -> list[PoolEntry[Any]]:
@@ -150,8 +154,8 @@ def _replace(s: Snapshot, p: Plan, now: float) -> None:
         if lent < s.options.max_size:
             p.admit.append(entry)
             lent += 1
-        elif old is None or old.state not in _ACTIVE:
-            p.close.append((entry, "resize"))  # its place was taken away meanwhile
+        elif old is None or old.state not in _ACTIVE or not s.options.max_size:
+            p.close.append((entry, _no_room(s)))  # its place was taken away meanwhile
 
 
 def _soon(s: Snapshot, p: Plan, now: float) -> int:

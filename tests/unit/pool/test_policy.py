@@ -367,6 +367,12 @@ class TestReplacing:
             "admit": [first], "close": [(second, "resize")]
         }  # fmt: skip
 
+    def test_when_the_pool_is_closed_it_does_not_wait_for_the_old_one(self) -> None:
+        old = self.old(State.IN_USE, renewed=True)
+        old.retire("shutdown")
+        ready = entry(State.STANDBY, replaces=old)
+        assert planned(old, ready, max_size=0) == {"close": [(ready, "shutdown")]}
+
     def test_where_there_is_room_it_is_admitted_at_once(self) -> None:
         old = self.old(renewed=True)
         ready = entry(State.STANDBY, replaces=old)
