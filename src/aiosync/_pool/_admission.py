@@ -98,6 +98,7 @@ class Admission(Generic[T]):
         for entry in waiting:
             # The attempt has not begun, so earlier drains and failures do not apply to it.
             entry.failures, entry.expires = core.backoff.failures, FOREVER
+            entry.retired = "lifetime"
         for entry in waiting[::-1][: surplus(core.situation())]:
             # Forget it at once, so that plans do not count it. Its task ends later.
             core.forget_attempt(entry)

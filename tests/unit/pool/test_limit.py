@@ -573,7 +573,7 @@ class TestWaiting(Virtual):
         self, backend: Present, limit: Limit
     ) -> None:
         limit.value = 1
-        async with backend.pool() as pool, anyio.create_task_group() as tasks:
+        async with backend.pool(max_lifetime=60) as pool, anyio.create_task_group() as tasks:
             connection = await pool.acquire()
             got = await ask(pool, tasks, 1)
             tasks.start_soon(pool.drain)
@@ -584,6 +584,8 @@ class TestWaiting(Virtual):
             pool.release(got.pop())
             await settle()
             assert (limit.asked, backend.closings) == (2, [1])
+            await anyio.sleep(60)
+            assert pool.statistics().closed["lifetime"] == 1  # its age is the reason now
 
     async def test_shrinking_the_pool_ends_it_first(self, backend: Present, limit: Limit) -> None:
         async with backend.pool(min_size=6, max_size=6) as pool:
