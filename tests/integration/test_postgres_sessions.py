@@ -305,6 +305,23 @@ class TestAsyncpg:
                 assert await same.fetchval("SELECT current_user") == "tenant"
                 assert await same.fetchval("SHOW my.reset") == "yes"
 
+    async def test_a_reset_of_a_class_of_the_caller_is_called(self, server: PostgresServer) -> None:
+        asyncpg = pytest.importorskip("asyncpg")
+        base: Any = asyncpg.Connection
+
+        class Mine(base):  # type: ignore[misc]
+            async def reset(self, *, timeout: float | None = None) -> None:
+                await super().reset(timeout=timeout)
+                self.mine = "reset"
+
+        kwargs = {"host": server.host, "user": "postgres", "connection_class": Mine}
+        async with asyncpg_pool(kwargs=kwargs, max_size=1) as pool:
+            async with pool.connection() as connection:
+                connection.mine = "set"
+            async with pool.connection() as same:
+                assert same is connection
+                assert same.mine == "reset"
+
     @pytest.mark.parametrize(
         "method", ["execute", "executemany", "fetch", "fetchmany", "fetchval", "prepare"]
     )

@@ -66,6 +66,7 @@ class TrackedConnection(asyncpg.Connection):  # type: ignore[misc]
             or getattr(self, "_listeners", True)
             or getattr(self, "_log_listeners", True)
             or self.is_in_transaction()
+            or type(self).reset is not asyncpg.Connection.reset  # it may undo what a caller adds
         )
         return self.reset() if has_more_to_undo else super().execute(self.get_reset_query())
 
