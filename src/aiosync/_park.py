@@ -553,8 +553,8 @@ def _noop() -> None:
 async def wait_shielded(done: Callable[[], bool], waiters: list[Waiter]) -> None:
     """Wait until ``done()`` is true; raise a cancellation only afterwards.
 
-    :param waiters: a waiter is appended to this list before each call of `done`; the code that
-        makes `done` true has to wake all waiters in it
+    :param waiters: a waiter is in this list from before each call of `done`; the code that makes
+        `done` true has to wake a copy of the list
     """
     from anyio import CancelScope  # late: it takes as long to import as half of aiosync
 
@@ -563,18 +563,16 @@ async def wait_shielded(done: Callable[[], bool], waiters: list[Waiter]) -> None
         while True:
             waiter = task_waiter()
             waiters.append(waiter)
-            if done():
-                try:
-                    waiters.remove(waiter)
-                except ValueError:
-                    pass  # it is being woken
-                break
             try:
+                if done():
+                    break
                 await waiter
             except GeneratorExit:
                 raise  # the coroutine is being closed and cannot wait
             except BaseException as error:  # native, so the shield does not stop it
                 cancellation = error
+            finally:
+                waiters.remove(waiter)
     if cancellation is not None:
         try:
             raise cancellation

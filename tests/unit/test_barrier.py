@@ -368,6 +368,23 @@ class TestAction:
 
 
 class TestBreaking:
+    async def test_parties_that_leave_a_broken_round_wake_nobody_again(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wake = _barrier._Round.wake
+        woken: list[object] = []
+
+        def count(round: _barrier._Round) -> None:
+            woken.append(round)
+            wake(round)
+
+        monkeypatch.setattr(_barrier._Round, "wake", count)
+        barrier = Barrier(4)
+        async with create_task_group() as tg:
+            await arrive(tg, *(Party(barrier) for _ in range(3)))
+            barrier.abort()
+        assert len(woken) == 1
+
     async def test_abort_sends_an_error_to_all_until_reset(self) -> None:
         barrier = Barrier(3)
         parties = [Party(barrier), Party(barrier)]
