@@ -255,20 +255,6 @@ class _Rounds:
         finally:
             del round  # see Barrier.wait
 
-    @ki_protected
-    def abort(self) -> None:
-        while True:
-            round = self.current()
-            round.break_("aborted", although_full=True)
-            if round.outcome is not _TRIPPED:  # otherwise it has just tripped
-                return
-
-    @ki_protected
-    def reset(self) -> None:
-        round = self.current()
-        round.break_("reset", although_full=True)
-        self.latest = self.after(round)
-
 
 @dataclass(frozen=True, slots=True)
 class BarrierStatistics:
@@ -373,6 +359,7 @@ class Barrier(NeedsAsyncWith, NotCopied):
         timeout = self._timeout if timeout is None else check_timeout(timeout)
         rounds = self._rounds
         new_waiter = self._new_waiter
+        is_task = new_waiter is task_waiter
         round = rounds.latest
         waiter: Waiter | None = None
         index = -1  # not arrived
@@ -382,12 +369,12 @@ class Barrier(NeedsAsyncWith, NotCopied):
                     round = rounds.current()
                     if isinstance(round.outcome, _Broken):
                         raise rounds.error(round)
-                # Created before the party arrives, since it may raise. A party that does not wait
-                # needs none, except for a task that is alone, which makes a checkpoint.
+                # Created before the party arrives, since it may raise. The last one needs none, and
+                # a thread that does not wait; but a task that is alone makes a checkpoint.
                 if len(round.indices) != 1:
-                    if timeout is None or timeout > 0:
+                    if is_task or timeout is None or timeout > 0:
                         waiter = new_waiter()
-                elif rounds.last == 0 and new_waiter is task_waiter:
+                elif is_task and rounds.last == 0:
                     waiter = new_waiter()
                 try:
                     index = round.indices.pop()
@@ -406,7 +393,7 @@ class Barrier(NeedsAsyncWith, NotCopied):
                     raise rounds.error(round)
                 # A task that is alone never waits for others, so without a checkpoint other tasks
                 # might never run.
-                if index == 0 and new_waiter is task_waiter:
+                if is_task and index == 0:
                     await checkpoint()
                 return index
             while True:
@@ -415,8 +402,12 @@ class Barrier(NeedsAsyncWith, NotCopied):
                         round.threads[waiter] = None
                     else:
                         round.waiters.append(waiter)
-                    if round.outcome is None:
-                        await (waiter if timeout is None else wait_with_timeout(waiter, timeout))
+                    if round.outcome is not None:
+                        break
+                    if timeout is None:
+                        await waiter
+                    elif timeout > 0:
+                        await wait_with_timeout(waiter, timeout)
                 if round.outcome is None:
                     round.break_("timeout")
                 if round.outcome is not None:
@@ -452,6 +443,7 @@ class Barrier(NeedsAsyncWith, NotCopied):
             end_wait(waiter)
             del round  # see `wait`
 
+    @ki_protected
     def abort(self) -> None:
         """Break the barrier until `reset`: all calls of `wait` raise BrokenBarrierError.
 
@@ -462,8 +454,13 @@ class Barrier(NeedsAsyncWith, NotCopied):
         May be called from anywhere, including threads, signal handlers and finalizers. Never
         blocks. The same as `threading.Barrier.abort`.
         """
-        self._rounds.abort()
+        while True:
+            round = self._rounds.current()
+            round.break_("aborted", although_full=True)
+            if round.outcome is not _TRIPPED:  # otherwise it has just tripped
+                return
 
+    @ki_protected
     def reset(self) -> None:
         """Return the barrier to its initial state; parties that wait get BrokenBarrierError.
 
@@ -473,7 +470,10 @@ class Barrier(NeedsAsyncWith, NotCopied):
         May be called from anywhere, including threads, signal handlers and finalizers. Never
         blocks. The same as `threading.Barrier.reset`.
         """
-        self._rounds.reset()
+        rounds = self._rounds
+        round = rounds.current()
+        round.break_("reset", although_full=True)
+        rounds.latest = rounds.after(round)
 
     @property
     def name(self) -> str | None:

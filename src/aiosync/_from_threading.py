@@ -7,10 +7,10 @@ where that cannot block. Where it can block, a thread of `_helper_threads` calls
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from ._created import created
-from ._errors import NotCopied, check_count, check_timeout, normalize_timeout
+from ._errors import NeedsAsyncWith, NotCopied, check_count, check_timeout, normalize_timeout
 from ._helper_threads import BarrierParty, EventPoller, Poller
 
 if TYPE_CHECKING:
@@ -32,10 +32,12 @@ class _TaskView(NotCopied):
         return f"<from_threading {self._owned!r}>"
 
 
-class _AcquirableView(_TaskView):
+class _AcquirableView(NeedsAsyncWith, _TaskView):
     """The base class of the views of semaphores and locks."""
 
     __slots__ = ("_poller",)
+
+    _for_threads_use = "the threading object itself"
 
     def __init__(self, owned: Any) -> None:
         super().__init__(owned)
@@ -73,16 +75,6 @@ class _AcquirableView(_TaskView):
     ) -> None:
         """Do what ``release()`` does; there is nothing to wait for."""
         self._owned.release()
-
-    def __enter__(self) -> NoReturn:
-        """Raise TypeError: a task uses ``async with``, a thread the object of `threading`."""
-        name = type(self).__name__
-        raise TypeError(
-            f"{name} needs 'async with' in a task; in a thread use the threading object itself"
-        )
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Do nothing: `__enter__` always raises."""
 
 
 class TaskSemaphore(_AcquirableView):

@@ -1421,8 +1421,8 @@ CRITICAL: list[tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = [
     (_Rounds.fill, lambda: (_Rounds(2, None), _round())),
     (_Rounds.run_action, lambda: (_Rounds(2, bool), _round(), bool)),
     (_Rounds.trip, lambda: (_Rounds(2, None), _round(), "outcome")),
-    (_Rounds.abort, lambda: (_Rounds(2, None),)),
-    (_Rounds.reset, lambda: (_Rounds(2, None),)),
+    (Barrier.abort, lambda: (Barrier(2),)),
+    (Barrier.reset, lambda: (Barrier(2),)),
     (Barrier.wait, lambda: (Barrier(1),)),
 ]
 

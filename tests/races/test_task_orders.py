@@ -930,7 +930,7 @@ MISTAKES: list[Any] = [
     ),
     *mistake(
         "reset forgets who waits",
-        _Rounds.reset,
+        Barrier.reset,
         '        round.break_("reset", although_full=True)\n',
         "",
         the_last_arrival_against_reset,

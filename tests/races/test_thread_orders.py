@@ -1243,8 +1243,8 @@ A_PARTY_LOOKS_FIRST: list[Change] = [
                 "                seen = round.outcome\n                if waiter is not None:\n",
             ),
             (
-                "if round.outcome is None:\n                        await (",
-                "if seen is None:\n                        await (",
+                "if round.outcome is not None:\n" + " " * 24 + "break\n                    if",
+                "if seen is not None:\n" + " " * 24 + "break\n                    if",
             ),
         ],
     )
