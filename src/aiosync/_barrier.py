@@ -213,21 +213,8 @@ class _Rounds:
         return error
 
     @ki_protected
-    def fill(self, round: _Round) -> bool:
-        """Arrive as the last party: trip the round, or let the action decide.
-
-        :return: False if the round was broken before, or is broken by this call
-        """
-        # A party that was cancelled or has timed out, but has not run since, breaks the round.
-        if any(map(_done, round.waiters)):
-            round.break_("cancelled")
-        if self.action is not None:
-            return round.decided.setdefault("outcome", _FULL) is _FULL
-        return self.trip(round, "outcome")
-
-    @ki_protected
     def trip(self, round: _Round, decision: str) -> bool:
-        """Trip the round; return False if it was broken before.
+        """Trip the round, in which all have arrived; return False if it was broken before.
 
         :param decision: "outcome", or "verdict" after an action
         """
@@ -240,11 +227,13 @@ class _Rounds:
 
     @ki_protected
     async def run_action(self, round: _Round, action: Callable[[], object]) -> bool:
-        """Run the action of a full round, then trip the round.
+        """Run the action of a round in which all have arrived, then trip the round.
 
         :return: False if the round was broken before the action ended
         """
         try:
+            if round.decided.setdefault("outcome", _FULL) is not _FULL:
+                return False
             result = action()
             if isawaitable(result):
                 await result
@@ -386,8 +375,13 @@ class Barrier(NeedsAsyncWith, NotCopied):
                     round.break_("cancelled")
                     raise
             if index == rounds.last:
-                passed = rounds.fill(round)
-                if passed and rounds.action is not None:
+                # A party that was cancelled or has timed out, but has not run since, breaks the
+                # round.
+                if any(map(_done, round.waiters)):
+                    round.break_("cancelled")
+                if rounds.action is None:
+                    passed = rounds.trip(round, "outcome")
+                else:
                     passed = await rounds.run_action(round, rounds.action)
                 if not passed:
                     raise rounds.error(round)

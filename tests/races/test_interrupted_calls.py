@@ -61,7 +61,7 @@ class TestTheLastPartyOfABarrier:
     @pytest.mark.parametrize(
         ("owner", "name", "action", "expected"),
         [
-            (_barrier._Rounds, "fill", None, ["broken", "broken"]),
+            (_barrier._Rounds, "trip", None, ["broken", "broken"]),
             (_barrier._Rounds, "trip", bool, ["broken", "broken"]),
             # From here on the round has tripped, and stays so.
             (_barrier, "_Round", None, [0, 1]),

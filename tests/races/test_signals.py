@@ -1418,7 +1418,6 @@ CRITICAL: list[tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = [
     (_Round.wake_a_thread, lambda: (_round(),)),
     (_Round.leave, lambda: (_round(), ThreadWaiter())),
     (_Rounds.after, lambda: (_Rounds(2, None), _round())),
-    (_Rounds.fill, lambda: (_Rounds(2, None), _round())),
     (_Rounds.run_action, lambda: (_Rounds(2, bool), _round(), bool)),
     (_Rounds.trip, lambda: (_Rounds(2, None), _round(), "outcome")),
     (Barrier.abort, lambda: (Barrier(2),)),

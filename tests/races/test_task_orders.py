@@ -909,7 +909,7 @@ MISTAKES: list[Any] = [
     ),
     *mistake(
         "a round trips with who is gone",
-        _Rounds.fill,
+        Barrier.wait,
         "if any(",
         "if False and any(",
         three_parties_two_of_them_cancelled,
