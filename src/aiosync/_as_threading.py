@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 V_co = TypeVar("V_co", covariant=True)
 
-# `ConnectionPool` and its view, from the first call for a pool on. As in `aiosync`, the pool is
-# imported late. An import statement in `as_threading` would make each call slower.
-_pools: tuple[type[ConnectionPool[Any]], ...] = ()
-_view_of_pool: type[ThreadConnectionPool[Any]]
-
 
 class SupportsThreads(Protocol[V_co]):
     """An object that has a view for threads, such as a semaphore of `aiosync.redis`."""
@@ -263,23 +258,15 @@ def as_threading(shared: Any) -> Any:
         return ThreadSemaphore(shared)
     if isinstance(shared, Barrier):
         return ThreadBarrier(shared)
-    if isinstance(shared, _pools):
-        return _view_of_pool(shared)
     if hasattr(type(shared), "_threading_view"):
         return shared._threading_view()
-    if not _pools:
-        _import_pool()
-        return as_threading(shared)
+    # Late, as in `aiosync`.
+    from ._as_threading_pool import ThreadConnectionPool
+    from ._pool import ConnectionPool
+
+    if isinstance(shared, ConnectionPool):
+        return ThreadConnectionPool(shared)
     raise TypeError(
         f"as_threading() takes an aiosync Semaphore, BoundedSemaphore, Barrier or ConnectionPool, "
         f"not {type(shared).__name__}"
     )
-
-
-def _import_pool() -> None:
-    global _pools, _view_of_pool  # noqa: PLW0603  (looked up faster than any attribute)
-    from ._as_threading_pool import ThreadConnectionPool
-    from ._pool import ConnectionPool
-
-    _view_of_pool = ThreadConnectionPool
-    _pools = (ConnectionPool,)  # last: other threads look at it first

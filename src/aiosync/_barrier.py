@@ -43,6 +43,7 @@ from ._errors import (
     check_timeout,
 )
 from ._park import (
+    ThreadWaiter,
     checkpoint,
     enable_ki_protection,
     end_wait,
@@ -54,7 +55,7 @@ from ._park import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
     from types import TracebackType
 
     from ._errors import BrokenReason
@@ -84,7 +85,7 @@ _done = methodcaller("done")
 class _Round:
     """One generation of the barrier."""
 
-    __slots__ = ("decided", "indices", "next", "outcome", "threads", "waiters")
+    __slots__ = ("decided", "indices", "outcome", "threads", "waiters", "woken")
 
     def __init__(self, indices: list[int]) -> None:
         # The indices that are still free, taken from the right: 0 first, parties - 1 last. A party
@@ -108,18 +109,20 @@ class _Round:
         # while the round fills and while its action runs. Written before the waiters are woken, and
         # never changed.
         self.outcome: _Outcome | None = None
-        # A copy of decided["next"].
-        self.next: _Round | None = None
+        # Whether all have been woken. If not, the caller that should was perhaps interrupted.
+        self.woken = False
 
     @ki_protected
     def break_(
         self,
         reason: BrokenReason,
         *,
-        although_full: bool,
+        although_full: bool = False,
         cause: BaseException | None = None,
-    ) -> bool:
-        """Break the round for all its parties; False if its outcome was decided before.
+    ) -> None:
+        """Break the round for all its parties, unless its outcome was decided before.
+
+        In either case all parties are awake afterwards, unless the action still runs.
 
         :param although_full: whether the round may be broken while the action runs
         :param cause: the exception of the action
@@ -127,20 +130,15 @@ class _Round:
         broken = _Broken(reason, len(self.indices), cause)
         decided = self.decided.setdefault("outcome", broken)
         if decided is _FULL:
-            if not although_full:
-                return False
-            decided = self.decided.setdefault("verdict", broken)
-        # Another caller may have decided but not written this yet.
-        self.outcome = decided
-        if decided is broken:
-            self.wake()
-        return decided is broken
-
-    @ki_protected
-    def abandon(self) -> None:
-        """Break the round because a party was interrupted at an unknown point."""
-        if not self.break_("cancelled", although_full=False) and self.outcome is not None:
-            self.wake()  # the exception may have come in the middle of waking them
+            if although_full:
+                decided = self.decided.setdefault("verdict", broken)
+            else:
+                decided = self.decided.get("verdict")
+        if decided is not None:
+            # Another caller may have decided but not written this yet.
+            self.outcome = decided
+            if not self.woken:
+                self.wake()
 
     @ki_protected
     def wake(self) -> None:
@@ -152,6 +150,7 @@ class _Round:
         latecomers = self.decided.get("latecomers")
         if latecomers is not None:
             wake_all(latecomers)
+        self.woken = True
 
     @ki_protected
     def wake_a_thread(self) -> None:
@@ -161,92 +160,13 @@ class _Round:
             threads[-1].wake_threadsafe()
 
     @ki_protected
-    def leave(self, thread: Waiter) -> None:
-        """Remove a thread that has stopped waiting, and wake the next one."""
-        self.threads.pop(thread, None)
-        # If the thread was interrupted while the action runs, no other may be woken yet.
-        if self.threads and self.outcome is not None:
-            self.wake_a_thread()
-
-
-class _Tasks:
-    """How a task waits in a round."""
-
-    __slots__ = ("new_waiter",)
-
-    # A party of one creates a waiter too: it raises if a checkpoint would, but before the action.
-    waiter_if_alone = True
-
-    # A party of one never waits for others, so without a checkpoint other tasks might never run.
-    pass_alone: Callable[[], Awaitable[None]] = staticmethod(checkpoint)
-
-    def __init__(self) -> None:
-        # In a slot, not a method: on the hot path, see docs/performance.md.
-        self.new_waiter: Callable[[], Waiter] = task_waiter
-
-    def new_timed_waiter(self, timeout: float) -> Waiter | None:
-        """Return the waiter of a party that has a timeout."""
-        return self.new_waiter()
-
-    def publish(self, round: _Round, waiter: Waiter) -> None:
-        round.waiters.append(waiter)
-
-    def second_waiter(self, waiter: Waiter | None) -> Waiter:
-        """Return the waiter for a second sleep in the same round."""
-        return self.new_waiter()
-
-    def leave(self, round: _Round, waiter: Waiter | None) -> None:
-        """Do nothing: the tasks of a round are all woken at once."""
-
-    def withdraw(
-        self, round: _Round, waiter: Waiter | None, error: BaseException, *, last: bool
-    ) -> None:
-        """Withdraw a party that has arrived, because of an exception."""
-        # Not `abandon`: if many tasks are cancelled at once, each of them would wake all of them.
-        # Only the last party can have been interrupted while it was waking others.
-        if not round.break_("cancelled", although_full=False) and last:
-            round.wake()
-
-
-class _Threads:
-    """How a thread waits in a round."""
-
-    __slots__ = ("new_waiter",)
-
-    waiter_if_alone = False
-
-    def __init__(self) -> None:
-        self.new_waiter: Callable[[], Waiter] = thread_waiter
-
-    def new_timed_waiter(self, timeout: float) -> Waiter | None:
-        """Return the waiter of a party that has a timeout; None if it will not wait."""
-        return self.new_waiter() if timeout > 0 else None
-
-    def publish(self, round: _Round, waiter: Waiter) -> None:
-        round.threads[waiter] = None
-
-    def second_waiter(self, waiter: Waiter | None) -> Waiter:
-        """Return the waiter for a second sleep in the same round."""
-        return self.new_waiter() if waiter is None else waiter
-
-    def leave(self, round: _Round, waiter: Waiter | None) -> None:
-        if waiter is not None:
-            round.leave(waiter)
-
-    def withdraw(
-        self, round: _Round, waiter: Waiter | None, error: BaseException, *, last: bool
-    ) -> None:
-        """Withdraw a party that has arrived, because of an exception."""
-        if not isinstance(error, BrokenBarrierError):
-            round.abandon()
-        # This may be the second call, if the thread was interrupted while it left.
-        self.leave(round, waiter)
-
-    async def pass_alone(self) -> None:
-        """Do nothing: the operating system lets other threads run."""
-
-
-_TASKS, _THREADS = _Tasks(), _Threads()
+    def leave(self, waiter: Waiter | None) -> None:
+        """If `waiter` is a thread, which has stopped waiting, remove it and wake the next one."""
+        if isinstance(waiter, ThreadWaiter):
+            self.threads.pop(waiter, None)
+            # If the thread was interrupted while the action runs, no other may be woken yet.
+            if self.threads and self.outcome is not None:
+                self.wake_a_thread()
 
 
 class _Rounds:
@@ -270,7 +190,7 @@ class _Rounds:
         """Return the round that newcomers join, or the one that keeps the barrier broken."""
         round = self.latest
         if round.outcome is not None:
-            while round.outcome is _TRIPPED or round.next is not None:
+            while round.outcome is _TRIPPED or "next" in round.decided:
                 round = self.after(round)
             self.latest = round
         return round
@@ -278,27 +198,10 @@ class _Rounds:
     @ki_protected
     def after(self, round: _Round) -> _Round:
         """Return the round after `round`, which is over."""
-        following = round.next
-        if following is None:
-            following = round.decided.setdefault("next", _Round(self._indices.copy()))
-            round.next = following  # concurrent callers all assign the same one
+        if "next" not in round.decided:
+            round.decided.setdefault("next", _Round(self._indices.copy()))
+        following: _Round = round.decided["next"]
         return following
-
-    def unbroken(self) -> _Round:
-        """Return the round that newcomers join.
-
-        :raises BrokenBarrierError: if the barrier is broken
-        """
-        while True:
-            round = self.current()
-            outcome = round.outcome
-            if outcome is None:
-                return round
-            if outcome is not _TRIPPED:
-                try:
-                    raise self.error(round)
-                finally:
-                    del round, outcome  # see Barrier.wait
 
     def error(self, round: _Round) -> BrokenBarrierError:
         """Return a new error for a party of `round`, which was broken."""
@@ -310,75 +213,36 @@ class _Rounds:
         return error
 
     @ki_protected
-    def fill(self, round: _Round) -> bool:
-        """Arrive as the last party: trip the round, or let the action decide.
+    def trip(self, round: _Round, decision: str) -> bool:
+        """Trip the round, in which all have arrived; return False if it was broken before.
 
-        :return: False if the round was broken before, or is broken by this call
+        :param decision: "outcome", or "verdict" after an action
         """
-        # A party that was cancelled or has timed out, but has not run since, breaks the round.
-        if any(map(_done, round.waiters)):
-            round.break_("cancelled", although_full=False)
-        decided = round.decided
-        if self.action is not None:
-            return decided.setdefault("outcome", _FULL) is _FULL
-        if decided.setdefault("outcome", _TRIPPED) is not _TRIPPED:
+        if round.decided.setdefault(decision, _TRIPPED) is not _TRIPPED:
             return False
-        # `trip` does the same. Inlined: on the hot path, see docs/performance.md.
         round.outcome = _TRIPPED
-        round.next = self.latest = decided.setdefault("next", _Round(self._indices.copy()))
+        self.latest = round.decided.setdefault("next", _Round(self._indices.copy()))
         round.wake()
         return True
 
     @ki_protected
-    async def run_action(self, round: _Round, action: Callable[[], object]) -> None:
-        """Arrive as the last party: run the action, then trip the round.
+    async def run_action(self, round: _Round, action: Callable[[], object]) -> bool:
+        """Run the action of a round in which all have arrived, then trip the round.
 
-        :raises BrokenBarrierError: if the round was broken before the action ended
+        :return: False if the round was broken before the action ended
         """
         try:
-            if not self.fill(round):
-                raise self.error(round)
+            if round.decided.setdefault("outcome", _FULL) is not _FULL:
+                return False
             result = action()
             if isawaitable(result):
                 await result
-            if not self.trip(round):
-                raise self.error(round)
+            return self.trip(round, "verdict")
         except BaseException as error:
-            if not round.break_("action", although_full=True, cause=error):
-                round.wake()  # the exception may have come in the middle of waking them
+            round.break_("action", although_full=True, cause=error)
             raise
         finally:
             del round  # see Barrier.wait
-
-    @ki_protected
-    def trip(self, round: _Round) -> bool:
-        """Trip the round after the action; return False if it was broken before.
-
-        `fill` contains a copy of this for a round without an action.
-        """
-        if round.decided.setdefault("verdict", _TRIPPED) is not _TRIPPED:
-            return False
-        round.outcome = _TRIPPED
-        self.latest = self.after(round)
-        round.wake()
-        return True
-
-    @ki_protected
-    def abort(self) -> None:
-        round = self.current()
-        while not round.break_("aborted", although_full=True):
-            following = self.current()
-            if following is round:
-                round.wake()  # it was broken before, by a caller that may have been interrupted
-                return
-            round = following  # `round` has just tripped
-
-    @ki_protected
-    def reset(self) -> None:
-        round = self.current()
-        if not round.break_("reset", although_full=True):
-            round.wake()
-        self.latest = self.after(round)
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,7 +290,7 @@ class Barrier(NeedsAsyncWith, NotCopied):
     :raises ValueError: if `parties` is smaller than 1, or `timeout` is NaN
     """
 
-    __slots__ = ("__weakref__", "_kind", "_record", "_rounds", "_timeout")
+    __slots__ = ("__weakref__", "_new_waiter", "_record", "_rounds", "_timeout")
 
     def __init__(
         self,
@@ -441,7 +305,7 @@ class Barrier(NeedsAsyncWith, NotCopied):
             raise TypeError(f"action must be callable or None, not {type(action).__name__}")
         self._timeout = check_timeout(timeout)
         self._rounds = _Rounds(parties, action, check_name(name))
-        self._kind: _Tasks | _Threads = _TASKS
+        self._new_waiter: Callable[[], Waiter] = task_waiter
         created(self)
 
     def _for_threads(self) -> Barrier:
@@ -449,7 +313,7 @@ class Barrier(NeedsAsyncWith, NotCopied):
         twin = object.__new__(Barrier)
         twin._timeout = self._timeout
         twin._rounds = self._rounds
-        twin._kind = _THREADS
+        twin._new_waiter = thread_waiter
         return twin
 
     # Longer than other functions. A helper that awaits would be one more coroutine on the hot path,
@@ -483,19 +347,24 @@ class Barrier(NeedsAsyncWith, NotCopied):
         """
         timeout = self._timeout if timeout is None else check_timeout(timeout)
         rounds = self._rounds
-        kind = self._kind
+        new_waiter = self._new_waiter
+        is_task = new_waiter is task_waiter
         round = rounds.latest
         waiter: Waiter | None = None
         index = -1  # not arrived
         try:
             while True:
                 if round.outcome is not None:
-                    round = rounds.unbroken()
-                # Created before the party arrives, since it may raise. The last one needs none.
-                if len(round.indices) != 1 or (rounds.last == 0 and kind.waiter_if_alone):
-                    waiter = (
-                        kind.new_waiter() if timeout is None else kind.new_timed_waiter(timeout)
-                    )
+                    round = rounds.current()
+                    if isinstance(round.outcome, _Broken):
+                        raise rounds.error(round)
+                # Created before the party arrives, since it may raise. The last one needs none, and
+                # a thread that does not wait; but a task that is alone makes a checkpoint.
+                if len(round.indices) != 1:
+                    if is_task or timeout is None or timeout > 0:
+                        waiter = new_waiter()
+                elif is_task and rounds.last == 0:
+                    waiter = new_waiter()
                 try:
                     index = round.indices.pop()
                     break
@@ -503,38 +372,54 @@ class Barrier(NeedsAsyncWith, NotCopied):
                     await self._wait_for_action(round)
                 except BaseException:
                     # A signal handler has raised: the party may have arrived.
-                    round.abandon()
+                    round.break_("cancelled")
                     raise
             if index == rounds.last:
-                if rounds.action is not None:
-                    await rounds.run_action(round, rounds.action)
-                elif not rounds.fill(round):
+                # A party that was cancelled or has timed out, but has not run since, breaks the
+                # round.
+                if any(map(_done, round.waiters)):
+                    round.break_("cancelled")
+                if rounds.action is None:
+                    passed = rounds.trip(round, "outcome")
+                else:
+                    passed = await rounds.run_action(round, rounds.action)
+                if not passed:
                     raise rounds.error(round)
-                if index == 0:
-                    await kind.pass_alone()
+                # A task that is alone never waits for others, so without a checkpoint other tasks
+                # might never run.
+                if is_task and index == 0:
+                    await checkpoint()
                 return index
-            if waiter is not None:
-                kind.publish(round, waiter)
-                if timeout is None and round.outcome is None:
-                    await waiter
-                elif timeout is not None and timeout > 0 and round.outcome is None:
-                    await wait_with_timeout(waiter, timeout)
-            if round.outcome is None and not round.break_("timeout", although_full=False):
-                # Too late to time out: all parties have arrived, and the action runs.
-                waiter = kind.second_waiter(waiter)
-                kind.publish(round, waiter)
+            while True:
+                if waiter is not None:
+                    if isinstance(waiter, ThreadWaiter):
+                        round.threads[waiter] = None
+                    else:
+                        round.waiters.append(waiter)
+                    if round.outcome is not None:
+                        break
+                    if timeout is None:
+                        await waiter
+                    elif timeout > 0:
+                        await wait_with_timeout(waiter, timeout)
                 if round.outcome is None:
-                    await waiter
+                    round.break_("timeout")
+                if round.outcome is not None:
+                    break
+                # Too late to time out: all parties have arrived, and the action runs.
+                round.threads.pop(waiter, None)
+                waiter, timeout = new_waiter(), None
             if round.outcome is not _TRIPPED:
                 raise rounds.error(round)
             if round.threads:
-                kind.leave(round, waiter)
+                round.leave(waiter)
             return index
-        except BaseException as error:
+        except BaseException:
             if waiter is not None:
                 end_wait(waiter)  # a late wake must not disturb the next sleep of this task
             if index >= 0:
-                kind.withdraw(round, waiter, error, last=index == rounds.last)
+                round.break_("cancelled")
+                round.leave(waiter)
             raise
         finally:
             # A stored exception would otherwise keep this round alive through its traceback, and
@@ -543,7 +428,7 @@ class Barrier(NeedsAsyncWith, NotCopied):
 
     async def _wait_for_action(self, round: _Round) -> None:
         """Wait until the action of `round`, which has no free index, has ended."""
-        waiter = self._kind.new_waiter()
+        waiter = self._new_waiter()
         round.decided.setdefault("latecomers", []).append(waiter)
         try:
             if round.outcome is None:
@@ -552,6 +437,7 @@ class Barrier(NeedsAsyncWith, NotCopied):
             end_wait(waiter)
             del round  # see `wait`
 
+    @ki_protected
     def abort(self) -> None:
         """Break the barrier until `reset`: all calls of `wait` raise BrokenBarrierError.
 
@@ -562,8 +448,13 @@ class Barrier(NeedsAsyncWith, NotCopied):
         May be called from anywhere, including threads, signal handlers and finalizers. Never
         blocks. The same as `threading.Barrier.abort`.
         """
-        self._rounds.abort()
+        while True:
+            round = self._rounds.current()
+            round.break_("aborted", although_full=True)
+            if round.outcome is not _TRIPPED:  # otherwise it has just tripped
+                return
 
+    @ki_protected
     def reset(self) -> None:
         """Return the barrier to its initial state; parties that wait get BrokenBarrierError.
 
@@ -573,7 +464,10 @@ class Barrier(NeedsAsyncWith, NotCopied):
         May be called from anywhere, including threads, signal handlers and finalizers. Never
         blocks. The same as `threading.Barrier.reset`.
         """
-        self._rounds.reset()
+        rounds = self._rounds
+        round = rounds.current()
+        round.break_("reset", although_full=True)
+        rounds.latest = rounds.after(round)
 
     @property
     def name(self) -> str | None:

@@ -36,7 +36,8 @@ class CallSite(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
-def _module(frame: FrameType) -> str:
+def module_of(frame: FrameType) -> str:
+    """Return the name of the module whose code a frame is running."""
     return str(frame.f_globals.get("__name__"))
 
 
@@ -44,22 +45,12 @@ def call_site() -> CallSite | None:
     """Return the innermost line outside of this package; None if only an event loop called it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        module = _module(frame)
+        module = module_of(frame)
         package = module.partition(".")[0]
         if package not in _SKIPPED and module not in _SKIPPED_MODULES:
             return None if package in _RUNNERS else CallSite.of(frame)
         frame = frame.f_back
     return None
-
-
-def called_by_with() -> bool:
-    """Return whether it is a ``with`` or ``async with`` block that has called this package."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _module(frame).partition(".")[0] == "aiosync":
-        if frame.f_code.co_name in {"__aenter__", "__enter__"}:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def call_stack() -> list[CallSite]:
@@ -70,7 +61,7 @@ def call_stack() -> list[CallSite]:
     frame: FrameType | None = sys._getframe(1)
     stack: list[CallSite] = []
     while frame is not None:
-        if _module(frame).partition(".")[0] != "aiosync":
+        if module_of(frame).partition(".")[0] != "aiosync":
             stack.append(CallSite.of(frame))
         frame = frame.f_back
     return stack[::-1]

@@ -113,6 +113,9 @@ class NeedsAsyncWith:
 
     __slots__ = ()
 
+    # What the error recommends to threads.
+    _for_threads_use = "'with as_threading(...)'"
+
     def __enter__(self) -> NoReturn:
         """Raise TypeError: a task uses ``async with``, a thread ``with as_threading(...)``."""
         refuse_with(self)
@@ -197,26 +200,20 @@ def _as_float(timeout: Any) -> float:
     return float(timeout)
 
 
-def check_blocking(blocking: object) -> bool:
-    """Return `blocking` as a bool; 0 and 1 are accepted, since callers of `threading` pass them.
-
-    :raises TypeError: if it is anything else, most likely a timeout
-    """
-    if isinstance(blocking, int) and blocking in {0, 1}:
-        return bool(blocking)
-    raise TypeError(
-        f"blocking must be a bool, not {type(blocking).__name__}: "
-        f"pass a number of seconds as timeout="
-    )
-
-
 def normalize_timeout(blocking: object, timeout: Any) -> float | None:
     """Return how many seconds `acquire` may wait: None for no limit, 0 for a single try.
 
-    :raises TypeError: if `blocking` is not a bool, or `timeout` is not a number
+    :param blocking: True or False; 0 and 1 are accepted, since callers of `threading` pass them
+    :raises TypeError: if `blocking` is anything else, most likely a timeout, or if `timeout` is not
+        a number
     :raises ValueError: if `timeout` is given although `blocking` is False, or is NaN
     """
-    if not check_blocking(blocking):
+    if not (isinstance(blocking, int) and blocking in {0, 1}):
+        raise TypeError(
+            f"blocking must be a bool, not {type(blocking).__name__}: "
+            f"pass a number of seconds as timeout="
+        )
+    if not blocking:
         if timeout is not None:
             raise ValueError("can't specify a timeout for a non-blocking acquire")
         return 0
@@ -224,9 +221,7 @@ def normalize_timeout(blocking: object, timeout: Any) -> float | None:
     return None if timeout is None else max(timeout, 0)
 
 
-def refuse_with(shared: object) -> NoReturn:
+def refuse_with(shared: NeedsAsyncWith) -> NoReturn:
     """Raise the error for a plain ``with`` on an object that tasks await."""
-    name = type(shared).__name__
-    raise TypeError(
-        f"{name} needs 'async with' in a task; in a thread use 'with as_threading(...)'"
-    )
+    name, remedy = type(shared).__name__, shared._for_threads_use
+    raise TypeError(f"{name} needs 'async with' in a task; in a thread use {remedy}")

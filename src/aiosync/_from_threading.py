@@ -7,12 +7,11 @@ where that cannot block. Where it can block, a thread of `_helper_threads` calls
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from ._created import created
-from ._errors import NotCopied, check_count, check_timeout, normalize_timeout
-from ._helper_threads import BarrierParty, EventWatcher, Poller
-from ._park import checkpoint
+from ._errors import NeedsAsyncWith, NotCopied, check_count, check_timeout, normalize_timeout
+from ._helper_threads import BarrierParty, EventPoller, Poller
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -33,10 +32,12 @@ class _TaskView(NotCopied):
         return f"<from_threading {self._owned!r}>"
 
 
-class _AcquirableView(_TaskView):
+class _AcquirableView(NeedsAsyncWith, _TaskView):
     """The base class of the views of semaphores and locks."""
 
     __slots__ = ("_poller",)
+
+    _for_threads_use = "the threading object itself"
 
     def __init__(self, owned: Any) -> None:
         super().__init__(owned)
@@ -60,17 +61,7 @@ class _AcquirableView(_TaskView):
         :raises RuntimeError: if it has to wait, and no more threads can be started
         :raises anyio.NoEventLoopError: if it is not run by asyncio or trio
         """
-        timeout = normalize_timeout(blocking, timeout)
-        acquired = self._poller.try_acquire()
-        if not acquired and timeout != 0:
-            return await self._poller.acquire(timeout)
-        try:
-            await checkpoint()
-        except BaseException:
-            if acquired:
-                self._owned.release()
-            raise
-        return acquired
+        return await self._poller.acquire(normalize_timeout(blocking, timeout))
 
     async def __aenter__(self) -> bool:
         """Do what ``acquire()`` does."""
@@ -84,16 +75,6 @@ class _AcquirableView(_TaskView):
     ) -> None:
         """Do what ``release()`` does; there is nothing to wait for."""
         self._owned.release()
-
-    def __enter__(self) -> NoReturn:
-        """Raise TypeError: a task uses ``async with``, a thread the object of `threading`."""
-        name = type(self).__name__
-        raise TypeError(
-            f"{name} needs 'async with' in a task; in a thread use the threading object itself"
-        )
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Do nothing: `__enter__` always raises."""
 
 
 class TaskSemaphore(_AcquirableView):
@@ -143,11 +124,11 @@ class TaskEvent(_TaskView):
     Created by `from_threading`, which describes the views.
     """
 
-    __slots__ = ("_watcher",)
+    __slots__ = ("_poller",)
 
     def __init__(self, owned: threading.Event) -> None:
         super().__init__(owned)
-        self._watcher = EventWatcher(owned)
+        self._poller = EventPoller(owned)
 
     async def wait(self, timeout: float | None = None) -> bool:
         """Wait until the event is set.
@@ -164,12 +145,7 @@ class TaskEvent(_TaskView):
         :raises RuntimeError: if it has to wait, and no more threads can be started
         :raises anyio.NoEventLoopError: if it is not run by asyncio or trio
         """
-        timeout = normalize_timeout(True, timeout)
-        is_set = self.is_set()
-        if not is_set and timeout != 0:
-            return await self._watcher.wait(timeout)
-        await checkpoint()
-        return is_set
+        return await self._poller.acquire(normalize_timeout(True, timeout))
 
     def is_set(self) -> bool:
         """Return whether the event is set. May be called from anywhere."""

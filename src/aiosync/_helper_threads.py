@@ -6,7 +6,7 @@ something after its task has stopped waiting:
 
 `Poller` serves semaphores and locks: one thread for each object, which acquires with a short
 timeout, again and again, for as long as tasks wait.
-`EventWatcher` serves events: one thread for each object, which acquires nothing.
+`EventPoller` does the same for events, of which nothing can be taken from others.
 `BarrierParty` serves barriers: one thread for each task, since each has to arrive. `abort` ends its
 wait.
 
@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import threading
 import time
-from functools import partial
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Union
 
 from ._handoff import HandoffQueue
-from ._park import is_abandoned, task_waiter, wait_shielded, wait_with_timeout, wake_all
+from ._park import checkpoint, is_abandoned, task_waiter, wait_shielded, wake_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,19 +72,27 @@ class Poller:
         # Tasks that wait until the thread no longer blocks in the object.
         self._stop_waiters: list[Waiter] = []
 
-    def try_acquire(self) -> bool:
-        """Acquire the object if it is free and no task waits for it; never block."""
-        return not self._queue.waiters and bool(self._owned.acquire(False))
-
     async def acquire(self, timeout: float | None) -> bool:
-        """Wait in FIFO order until the object is acquired for this task.
+        """Acquire the object for this task, waiting in FIFO order if it is not free.
 
         If this returns False or raises, no thread blocks in the object unless other tasks wait. The
         only exception is a coroutine that is closed, since it cannot wait.
 
-        :param timeout: how many seconds to wait at most; None: no limit
+        :param timeout: how many seconds to wait at most; 0: do not wait; None: no limit
         :return: False if the object was not acquired in time
         """
+        acquired = self._try()
+        if not acquired and timeout != 0:
+            return await self._acquire_by_thread(timeout)
+        try:
+            await checkpoint()
+        except BaseException:
+            if acquired:
+                self._release()
+            raise
+        return acquired
+
+    async def _acquire_by_thread(self, timeout: float | None) -> bool:
         waiter = self._add_client()
         try:
             outcome = await self._wait(waiter, timeout)
@@ -118,18 +126,15 @@ class Poller:
             self._clients.pop(waiter, None)
             self._release_unclaimed()
 
-    async def _wait_stopped(self) -> None:
-        """Wait until no thread blocks in the object, unless it does so for other tasks."""
-        await wait_shielded(lambda: not self._running or bool(self._clients), self._stop_waiters)
-
     def _run(self) -> None:
         poll_time = _FIRST_POLL
         while True:
             self._drop_abandoned()
             self._release_unclaimed()
-            stopped = self._stop_if_unused()
-            self._wake_stop_waiters()
-            if stopped:
+            with self._lock:
+                goes_on = self._running = bool(self._clients)
+            wake_all(self._stop_waiters.copy())
+            if not goes_on:
                 return
             if not self._queue.waiters:
                 time.sleep(_IDLE_PAUSE)
@@ -139,15 +144,14 @@ class Poller:
                 poll_time = min(2 * poll_time, _MAX_POLL)
 
     def _poll(self, seconds: float) -> bool:
-        """Try to acquire the object for the oldest waiter; return False on timeout."""
+        """Try to acquire the object for the oldest waiters; return False on timeout."""
         try:
-            if not self._owned.acquire(True, seconds):
-                return False
+            served = self._block(seconds)
         except BaseException as error:
             self._queue.put(error)
-        else:
-            self._queue.put(True)
-        return True
+            return True
+        self._queue.put_many(True, served)
+        return served > 0
 
     def _drop_abandoned(self) -> None:
         """Remove tasks whose event loop was closed before they finished."""
@@ -160,99 +164,61 @@ class Poller:
         """Release what was acquired for tasks that no longer wait."""
         while outcome := self._queue.get_nowait(False):
             if outcome is True:
-                try:
-                    self._owned.release()
-                except (ValueError, RuntimeError):
-                    pass  # another thread has already released it
+                self._release()
 
-    def _stop_if_unused(self) -> bool:
-        with self._lock:
-            if self._clients:
-                return False
-            self._running = False
-            return True
+    # What follows is different for events.
 
-    def _wake_stop_waiters(self) -> None:
-        while True:
-            try:
-                waiter = self._stop_waiters.pop()
-            except IndexError:
-                return
-            wake_all([waiter])
+    def _try(self) -> bool:
+        """Acquire the object if it is free and no task waits for it; never block."""
+        return not self._queue.waiters and bool(self._owned.acquire(False))
 
+    def _block(self, seconds: float) -> int:
+        """Block in the object; return for how many waiters it was acquired."""
+        return int(self._owned.acquire(True, seconds))
 
-class _Watch:
-    """One thread of an `EventWatcher`, and the tasks that it wakes at its end."""
+    def _release(self) -> None:
+        """Release what no task has taken."""
+        with suppress(ValueError, RuntimeError):  # another thread has already released it
+            self._owned.release()
 
-    __slots__ = ("event_was_set", "waiters")
-
-    def __init__(self) -> None:
-        self.event_was_set = False
-        # Entries are removed without the lock, as in `Poller._clients`.
-        self.waiters: dict[Waiter, None] = {}
+    async def _wait_stopped(self) -> None:
+        """Wait until no thread blocks in the object, unless it does so for other tasks."""
+        await wait_shielded(lambda: not self._running or bool(self._clients), self._stop_waiters)
 
 
-class EventWatcher:
-    """Waits for a `threading.Event` in one thread, on behalf of any number of tasks."""
+class EventPoller(Poller):
+    """Waits for a `threading.Event` for tasks. If it is set, all that wait are served."""
 
-    __slots__ = ("_event", "_lock", "_watch")
+    __slots__ = ()
 
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
-        # Held while `_watch` changes, and while waiters are added to it.
-        self._lock = threading.Lock()
-        # The watch of the running thread; None if there is no thread.
-        self._watch: _Watch | None = None
+    def _try(self) -> bool:
+        return bool(self._owned.is_set())
 
-    async def wait(self, timeout: float | None) -> bool:
-        """Wait until the event is set.
-
-        :param timeout: how many seconds to wait at most; None: no limit
-        :return: False if the event was not set in time
-        """
-        waiter = task_waiter()
-        watch = self._join(waiter)
-        try:
-            await (waiter if timeout is None else wait_with_timeout(waiter, timeout))
-        finally:
-            watch.waiters.pop(waiter, None)
-        return watch.event_was_set
-
-    def _join(self, waiter: Waiter) -> _Watch:
-        with self._lock:
-            watch = self._watch
-            if watch is None:
-                watch = _Watch()
-                start_thread(partial(self._run, watch))
-                self._watch = watch
-            watch.waiters[waiter] = None
-            return watch
-
-    def _run(self, watch: _Watch) -> None:
+    def _block(self, seconds: float) -> int:
         # The polls are long, because the thread would miss an event that is set and cleared between
         # two of them.
-        while not self._event.wait(_MAX_POLL):
-            with self._lock:
-                if all(map(is_abandoned, list(watch.waiters))):
-                    self._watch = None
-                    return
-        with self._lock:
-            self._watch = None
-            watch.event_was_set = True
-            waiters = list(watch.waiters)
-        wake_all(waiters)
+        return len(self._queue.waiting()) if self._owned.wait(_MAX_POLL) else 0
+
+    def _release(self) -> None:
+        pass
+
+    async def _wait_stopped(self) -> None:
+        pass  # the thread may go on, since it takes nothing from others
 
 
 class BarrierParty:
     """One task at a `threading.Barrier`, with a thread that arrives on its behalf."""
 
-    __slots__ = ("_barrier", "_outcome", "_timeout")
+    __slots__ = ("_barrier", "_outcome", "_timeout", "_waiters", "_withdrawn")
 
     def __init__(self, barrier: threading.Barrier, timeout: float | None) -> None:
         self._barrier = barrier
         self._timeout = timeout
         # What `wait` of the barrier returned or raised; empty until then.
         self._outcome: list[int | BaseException] = []
+        # What waits for the thread of `_withdraw`, and whether that has ended.
+        self._waiters: list[Waiter] = []
+        self._withdrawn = False
 
     async def wait(self) -> int:
         """Arrive at the barrier. If cancelled before the barrier trips, abort it.
@@ -266,14 +232,13 @@ class BarrierParty:
         start_thread(lambda: self._arrive(waiter))
         try:
             await waiter
-        except GeneratorExit:
-            start_thread(self._withdraw)
-            raise
-        except BaseException:
-            from anyio import CancelScope  # late, as in `_park`
-
-            with CancelScope(shield=True):
-                await self._wait_withdrawn()
+        except BaseException as error:
+            try:
+                start_thread(self._withdraw)  # in a thread: `abort` blocks while an action runs
+            except RuntimeError:  # no more threads can be started
+                self._withdraw()
+            if not isinstance(error, GeneratorExit):
+                await wait_shielded(lambda: self._withdrawn, self._waiters)
             raise
         outcome = self._outcome.pop()
         try:
@@ -290,17 +255,7 @@ class BarrierParty:
             self._outcome.append(error)
         wake_all([waiter])
 
-    async def _wait_withdrawn(self) -> None:
-        """Withdraw in a thread, because `abort` blocks while an action runs."""
-        waiter = task_waiter()
-        try:
-            start_thread(lambda: self._withdraw(waiter))
-        except RuntimeError:  # no more threads can be started
-            self._withdraw()
-        else:
-            await waiter
-
-    def _withdraw(self, *waiters: Waiter) -> None:
+    def _withdraw(self) -> None:
         """Block until the thread has left the barrier, and abort the barrier if necessary."""
         pause = 0.001
         while not self._outcome:
@@ -311,4 +266,5 @@ class BarrierParty:
             # has arrived, the round has tripped, or the thread has yet to arrive.
             if not self._outcome and 0 < self._barrier.n_waiting < self._barrier.parties:
                 self._barrier.abort()
-        wake_all(waiters)
+        self._withdrawn = True
+        wake_all(self._waiters.copy())

@@ -26,13 +26,13 @@ from _thread import TIMEOUT_MAX, allocate_lock
 from asyncio import (
     AbstractEventLoop,
     BaseEventLoop,
-    BrokenBarrierError,
     CancelledError,
     Future,
     InvalidStateError,
-    _get_running_loop,
     get_running_loop,
 )
+from asyncio import BrokenBarrierError as AsyncioBrokenBarrierError
+from asyncio import _get_running_loop as running_loop
 from contextvars import copy_context
 from functools import partial
 from types import BuiltinFunctionType
@@ -56,9 +56,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-AsyncioBrokenBarrierError = BrokenBarrierError
-running_loop = _get_running_loop
 
 # Whether this interpreter may run without the GIL, so that one C call is not one atomic step. The
 # version is compared first because `get_config_var` has to load a large module.
@@ -132,13 +129,13 @@ class TrioWaiter:
         self._token: TrioToken = lowlevel.current_trio_token()
         # Has an entry while the task sleeps. Removing it is the claim to reschedule the task: a
         # signal handler may interrupt one attempt and make another.
-        self._asleep: list[bool] = []
+        self._asleep: dict[str, bool] = {}
         self._over = False
         self._item: Any = None
 
     @ki_protected
     def __await__(self) -> Generator[Any, Any, Any]:
-        self._asleep.append(True)
+        self._asleep["yes"] = True
         sleep: Any = self._lowlevel.wait_task_rescheduled(self._abort)
         generator: Generator[Any, Any, Any] = sleep.__await__()
         return generator
@@ -146,9 +143,7 @@ class TrioWaiter:
     @ki_protected
     def _abort(self, raise_cancel: object) -> Abort:
         abort: type[Abort] = self._lowlevel.Abort
-        try:
-            self._asleep.pop()
-        except IndexError:
+        if not self._asleep.pop("yes", False):
             return abort.FAILED  # a signal handler is rescheduling the task
         self._over = True
         return abort.SUCCEEDED
@@ -185,11 +180,7 @@ class TrioWaiter:
             )
         except AttributeError:
             may_reschedule = False
-        if may_reschedule:
-            try:
-                self._asleep.pop()
-            except IndexError:
-                may_reschedule = False
+        may_reschedule = may_reschedule and self._asleep.pop("yes", False)
         if self._over:
             raise InvalidStateError
         if result is not None:  # `wake_all` may come after an item that is still to be delivered
@@ -204,11 +195,12 @@ class TrioWaiter:
 
     @ki_protected
     def _wake(self) -> None:
-        try:
-            self._asleep.pop()
-        except IndexError:
-            return  # already woken or cancelled
-        self._lowlevel.reschedule(self._task, _modules["outcome"].Value(self._item))
+        if self._asleep.pop("yes", False):  # otherwise it was already woken or cancelled
+            self._lowlevel.reschedule(self._task, _modules["outcome"].Value(self._item))
+
+
+# How often, in seconds, a sleeping thread calls the function that it was given.
+_POLL_INTERVAL = 0.5
 
 
 class ThreadWaiter:
@@ -216,21 +208,33 @@ class ThreadWaiter:
 
     Awaiting it blocks the thread and never yields, so `run_in_thread` can run the same coroutines
     as tasks do. A thread is never woken with an item, because it runs in parallel with its waker.
+
+    :param poll: called every half second of the sleep; an exception that it raises ends the sleep
     """
 
-    __slots__ = ("_lock", "_over")
+    __slots__ = ("_lock", "_over", "_poll")
 
-    def __init__(self) -> None:
+    def __init__(self, poll: Callable[[], object] | None = None) -> None:
         lock = self._lock = allocate_lock()
         lock.acquire()
         self._over = False
+        self._poll = poll
 
     def __await__(self) -> Generator[Any, None, None]:
-        self._lock.acquire()
+        if self._poll is None:
+            self._lock.acquire()
+        else:
+            while not self._lock.acquire(True, _POLL_INTERVAL):
+                self._poll()
         return _NOTHING_TO_AWAIT
 
     async def wait_with_timeout(self, timeout: float) -> None:
-        self._lock.acquire(True, min(timeout, TIMEOUT_MAX))
+        longest = TIMEOUT_MAX if self._poll is None else _POLL_INTERVAL
+        # Counted down, not read from a clock: `time.monotonic` may be frozen by a test.
+        while timeout > 0 and not self._lock.acquire(True, min(timeout, longest)):
+            timeout -= longest
+            if self._poll is not None:
+                self._poll()
 
     def done(self) -> bool:
         return self._over
@@ -251,34 +255,6 @@ class ThreadWaiter:
 
 _NO_LOOP = object()
 
-# How often, in seconds, a `PollingThreadWaiter` calls its function.
-_POLL_INTERVAL = 0.5
-
-
-class PollingThreadWaiter(ThreadWaiter):
-    """A thread that calls a function at intervals while it sleeps.
-
-    :param poll: called without arguments every half second; an exception that it raises ends the
-        sleep
-    """
-
-    __slots__ = ("_poll",)
-
-    def __init__(self, poll: Callable[[], object]) -> None:
-        super().__init__()
-        self._poll = poll
-
-    def __await__(self) -> Generator[Any, None, None]:
-        while not self._lock.acquire(True, _POLL_INTERVAL):
-            self._poll()
-        return _NOTHING_TO_AWAIT
-
-    async def wait_with_timeout(self, timeout: float) -> None:
-        # Counted down, not read from a clock: `time.monotonic` may be frozen by a test.
-        while timeout > 0 and not self._lock.acquire(True, min(timeout, _POLL_INTERVAL)):
-            timeout -= _POLL_INTERVAL
-            self._poll()
-
 
 Waiter = Union["Future[Any]", TrioWaiter, ThreadWaiter]
 
@@ -286,7 +262,7 @@ Waiter = Union["Future[Any]", TrioWaiter, ThreadWaiter]
 def thread_waiter(poll: Callable[[], object] | None = None) -> ThreadWaiter:
     """Return a new waiter for the calling thread.
 
-    :param poll: see `PollingThreadWaiter`; None: the thread sleeps until it is woken
+    :param poll: see `ThreadWaiter`
     :raises RuntimeError: if an event loop is running on this thread, since waiting would block it
     """
     if running_loop() is not None or _running_trio() is not None:
@@ -294,7 +270,7 @@ def thread_waiter(poll: Callable[[], object] | None = None) -> ThreadWaiter:
             "this would block the event loop that is running on this thread: await the acquire(), "
             "wait() or connection() of the shared object itself, or do not wait (blocking=False)"
         )
-    return ThreadWaiter() if poll is None else PollingThreadWaiter(poll)
+    return ThreadWaiter(poll)
 
 
 def task_waiter() -> Waiter:
@@ -424,15 +400,16 @@ def wake_all(waiters: Iterable[Waiter]) -> None:
             wake(waiter)
 
 
-def run_soon(token: object, function: Callable[[], object]) -> None:
-    """Call `function` on an event loop; do nothing if it is closed. May be called from any thread.
+def run_soon(token: object, function: Callable[[], object]) -> bool:
+    """Call `function` on an event loop. May be called from any thread.
 
     :param token: what `current_token` has returned in a task of that loop. If that loop is running
         on this thread, the function is called at once.
+    :return: False if the event loop is closed
     """
     if token is current_token():
         function()
-        return
+        return True
     loop: Any = token
     try:
         if isinstance(loop, AbstractEventLoop):
@@ -440,7 +417,8 @@ def run_soon(token: object, function: Callable[[], object]) -> None:
         else:
             loop.run_sync_soon(function)
     except RuntimeError:
-        pass
+        return False
+    return True
 
 
 def is_abandoned(waiter: Waiter) -> bool:
@@ -530,27 +508,16 @@ def start_background_task(
     task.add_done_callback(lambda _: end())
 
 
-def loop_ended(loop: object) -> bool:
-    """Return whether `loop`, a result of `current_token`, will never run a task again."""
-    try:
-        if isinstance(loop, AbstractEventLoop):
-            return loop.is_closed()
-        token: Any = loop
-        token.run_sync_soon(_noop)
-    except RuntimeError:
-        return True
-    return False
-
-
-def _noop() -> None:
-    pass
+def loop_ended(token: object) -> bool:
+    """Return whether the event loop of `token` will never run a task again."""
+    return not run_soon(token, bool)  # `bool` does nothing
 
 
 async def wait_shielded(done: Callable[[], bool], waiters: list[Waiter]) -> None:
     """Wait until ``done()`` is true; raise a cancellation only afterwards.
 
-    :param waiters: a waiter is appended to this list before each call of `done`; the code that
-        makes `done` true has to wake all waiters in it
+    :param waiters: a waiter is in this list from before each call of `done`; the code that makes
+        `done` true has to wake a copy of the list
     """
     from anyio import CancelScope  # late: it takes as long to import as half of aiosync
 
@@ -559,18 +526,16 @@ async def wait_shielded(done: Callable[[], bool], waiters: list[Waiter]) -> None
         while True:
             waiter = task_waiter()
             waiters.append(waiter)
-            if done():
-                try:
-                    waiters.remove(waiter)
-                except ValueError:
-                    pass  # it is being woken
-                break
             try:
+                if done():
+                    break
                 await waiter
             except GeneratorExit:
                 raise  # the coroutine is being closed and cannot wait
             except BaseException as error:  # native, so the shield does not stop it
                 cancellation = error
+            finally:
+                waiters.remove(waiter)
     if cancellation is not None:
         try:
             raise cancellation

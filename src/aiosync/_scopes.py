@@ -6,9 +6,9 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Union
 
-from anyio import CancelScope, get_current_task
+from anyio import CancelScope
 
-from ._park import CancelledError, _running_trio, current_task, running_loop
+from ._park import CancelledError, _running_trio, current_task, running_loop, running_task
 
 if TYPE_CHECKING:
     from typing import Self
@@ -18,9 +18,7 @@ _modules = sys.modules
 
 def current_task_id() -> int:
     """Return what ``anyio.get_current_task().id`` is, at less cost."""
-    loop = running_loop()
-    task: object = None if loop is None else current_task(loop)
-    return get_current_task().id if task is None else id(task)
+    return id(running_task())
 
 
 class _TaskScope:
@@ -51,19 +49,24 @@ class _TaskScope:
             self._task.cancel()
 
 
+# The innermost scope, if this version of anyio or trio does not tell which it is.
+_UNKNOWN = object()
+
+
 def innermost_scope() -> object:
     """Return an object that identifies the innermost cancel scope of the running task.
 
-    It is None if there is none, or if this version of anyio or trio does not tell.
+    It is None if there is none.
     """
     lowlevel = _running_trio()
     try:
         if lowlevel is not None:
             return lowlevel.current_task()._cancel_status
-        task = current_task(running_loop())
-        return _modules["anyio._backends._asyncio"]._task_states[task].cancel_scope
+        states = _modules["anyio._backends._asyncio"]._task_states
+        state = states.get(current_task(running_loop()))
+        return None if state is None else state.cancel_scope
     except (AttributeError, KeyError):
-        return None
+        return _UNKNOWN
 
 
 ShieldedScope = Union[CancelScope, _TaskScope]
@@ -72,19 +75,10 @@ ShieldedScope = Union[CancelScope, _TaskScope]
 def shielded_scope() -> ShieldedScope:
     """Return a context manager that shields the running task from the cancel scopes around it.
 
-    A cancel scope of anyio is expensive under asyncio. A task that is in no scope gets a cheaper
-    object, see docs/performance.md. Only a private attribute of anyio tells whether it is in one.
+    A cancel scope of anyio is expensive under asyncio. A task of asyncio that is in no scope gets a
+    cheaper object, see docs/performance.md. A task of trio always is in a scope.
     """
-    loop = running_loop()
-    task = None if loop is None or _running_trio() is not None else current_task(loop)
-    if task is not None:
-        try:
-            state = _modules["anyio._backends._asyncio"]._task_states.get(task)
-            if state is None or state.cancel_scope is None:
-                return _TaskScope(task)
-        except (AttributeError, KeyError):
-            pass  # another version of anyio
-    return CancelScope(shield=True)
+    return _TaskScope(running_task()) if innermost_scope() is None else CancelScope(shield=True)
 
 
 def abandon_scopes() -> None:

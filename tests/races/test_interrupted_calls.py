@@ -61,11 +61,11 @@ class TestTheLastPartyOfABarrier:
     @pytest.mark.parametrize(
         ("owner", "name", "action", "expected"),
         [
-            (_barrier._Rounds, "fill", None, ["broken", "broken"]),
+            (_barrier._Rounds, "trip", None, ["broken", "broken"]),
             (_barrier._Rounds, "trip", bool, ["broken", "broken"]),
             # From here on the round has tripped, and stays so.
             (_barrier, "_Round", None, [0, 1]),
-            (_barrier._Rounds, "after", bool, [0, 1]),
+            (_barrier, "_Round", bool, [0, 1]),
             (_barrier._Round, "wake", None, [0, 1]),
             (_barrier._Round, "wake_a_thread", None, [0, 1]),
         ],

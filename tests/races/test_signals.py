@@ -1414,16 +1414,14 @@ CRITICAL: list[tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = [
     (BoundedSemaphore.release, lambda: (_acquired(),)),
     (BoundedSemaphore._claim, lambda: (_acquired(), 1)),
     (_Round.break_, lambda: (_round(), "reset")),
-    (_Round.abandon, lambda: (_round(),)),
     (_Round.wake, lambda: (_round(),)),
     (_Round.wake_a_thread, lambda: (_round(),)),
     (_Round.leave, lambda: (_round(), ThreadWaiter())),
     (_Rounds.after, lambda: (_Rounds(2, None), _round())),
-    (_Rounds.fill, lambda: (_Rounds(2, None), _round())),
     (_Rounds.run_action, lambda: (_Rounds(2, bool), _round(), bool)),
-    (_Rounds.trip, lambda: (_Rounds(2, None), _round())),
-    (_Rounds.abort, lambda: (_Rounds(2, None),)),
-    (_Rounds.reset, lambda: (_Rounds(2, None),)),
+    (_Rounds.trip, lambda: (_Rounds(2, None), _round(), "outcome")),
+    (Barrier.abort, lambda: (Barrier(2),)),
+    (Barrier.reset, lambda: (Barrier(2),)),
     (Barrier.wait, lambda: (Barrier(1),)),
 ]
 
@@ -1539,11 +1537,10 @@ def test_no_keyboard_interrupt_of_trio_is_raised_in_the_middle_of(
         given = arguments()
         task_waiter()  # the first makes trio know what is critical
         assert not trio.lowlevel.currently_ki_protected()
-        options = {"although_full": False} if function is _Round.break_ else {}
         before = sys.getprofile()
         sys.setprofile(look)
         try:
-            result = function(*given, **options)
+            result = function(*given)
             if hasattr(result, "__await__"):
                 await result
         finally:

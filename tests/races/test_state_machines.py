@@ -447,10 +447,11 @@ class BarrierModel(Model[Party]):
         return [party for party in self.asleep.values() if party.round is round]
 
     def decide(self, round: Round, outcome: str, direct: bool) -> None:
-        if round.outcome in (None, "full"):
-            round.outcome = outcome
-            if outcome == "tripped":
-                self.round = Round()
+        if round.outcome not in (None, "full"):
+            return  # all have been woken
+        round.outcome = outcome
+        if outcome == "tripped":
+            self.round = Round()
         for party in self.of_round(round):
             if party.action is None:
                 party.ring(direct)
@@ -673,7 +674,7 @@ class BarrierMachine(Machine[BarrierModel]):
         # Nothing stale: one sleeper for each who has arrived, and the old rounds are gone.
         round = barrier._rounds.current()
         assert round is barrier._rounds.latest
-        assert round.next is None
+        assert "next" not in round.decided
         assert not round.threads
         if model.round.outcome is None:
             self.agree(len(round.waiters), len(model.of_round(model.round)))

@@ -46,7 +46,7 @@ from aiosync import (
     PoolTimeout,
     Semaphore,
 )
-from aiosync._barrier import _Round, _Rounds, _Tasks
+from aiosync._barrier import _Round, _Rounds
 from aiosync._handoff import HandoffQueue
 from aiosync._park import checkpoint
 from aiosync._pool import _connecting
@@ -909,7 +909,7 @@ MISTAKES: list[Any] = [
     ),
     *mistake(
         "a round trips with who is gone",
-        _Rounds.fill,
+        Barrier.wait,
         "if any(",
         "if False and any(",
         three_parties_two_of_them_cancelled,
@@ -924,36 +924,36 @@ MISTAKES: list[Any] = [
     *mistake(
         "nobody is told of a break",
         _Round.break_,
-        "        if decided is broken:\n            self.wake()\n",
+        "            if not self.woken:\n                self.wake()\n",
         "",
         the_last_arrival_against_abort,
     ),
     *mistake(
         "reset forgets who waits",
-        _Rounds.reset,
-        '        if not round.break_("reset", although_full=True):\n            round.wake()\n',
+        Barrier.reset,
+        '        round.break_("reset", although_full=True)\n',
         "",
         the_last_arrival_against_reset,
     ),
     *mistake(
         "a cancel breaks the next round",
         Barrier.wait,
-        "kind.withdraw(round,",
-        "kind.withdraw(rounds.current(),",
+        'round.break_("cancelled")\n                round.leave',
+        'rounds.current().break_("cancelled")\n                round.leave',
         two_rounds_with_a_cancel,
         "asyncio",
     ),
     *mistake(
         "a cancel breaks a full round",
-        _Tasks.withdraw,
-        "although_full=False",
-        "although_full=True",
+        Barrier.wait,
+        'round.break_("cancelled")\n                round.leave',
+        'round.break_("cancelled", although_full=True)\n                round.leave',
         a_cancel_while_the_action_runs,
     ),
     *mistake(
         "a timeout breaks a full round",
         Barrier.wait,
-        'round.break_("timeout", although_full=False)',
+        'round.break_("timeout")',
         'round.break_("timeout", although_full=True)',
         a_timeout_while_the_action_runs,
     ),

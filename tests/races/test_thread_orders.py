@@ -304,7 +304,7 @@ def rounds_from(first: _Round) -> list[_Round]:
     following: _Round | None = first
     while following is not None:
         found.append(following)
-        following = following.next
+        following = following.decided.get("next")
     return found
 
 
@@ -1202,12 +1202,13 @@ NEWCOMERS_DO_NOT_LOOK_AT_THE_WAITERS: list[Change] = [
 ]
 TRIP_ASSIGNS: list[Change] = [
     (
-        _Rounds.fill,
+        _Rounds.trip,
         [
             (
-                'if decided.setdefault("outcome", _TRIPPED) is not _TRIPPED:',
-                'if decided.get("outcome") is None:\n            decided["outcome"] = _TRIPPED\n'
-                '        if decided["outcome"] is not _TRIPPED:',
+                "if round.decided.setdefault(decision, _TRIPPED) is not _TRIPPED:",
+                "if round.decided.get(decision) is None:\n"
+                "            round.decided[decision] = _TRIPPED\n"
+                "        if round.decided[decision] is not _TRIPPED:",
             )
         ],
     )
@@ -1226,11 +1227,11 @@ BREAK_ASSIGNS: list[Change] = [
 ]
 THE_NEXT_ROUND_IS_ASSIGNED: list[Change] = [
     (
-        _Rounds.after,
+        _Rounds.trip,
         [
             (
-                'following = round.decided.setdefault("next", _Round(self._indices.copy()))',
-                "following = _Round(self._indices.copy())",
+                'round.decided.setdefault("next", _Round(self._indices.copy()))',
+                'round.decided["next"] = _Round(self._indices.copy())',
             )
         ],
     )
@@ -1240,12 +1241,12 @@ A_PARTY_LOOKS_FIRST: list[Change] = [
         Barrier.wait,
         [
             (
-                "            if waiter is not None:\n",
-                "            seen = round.outcome\n            if waiter is not None:\n",
+                "                if waiter is not None:\n",
+                "                seen = round.outcome\n                if waiter is not None:\n",
             ),
             (
-                "if timeout is None and round.outcome is None:",
-                "if timeout is None and seen is None:",
+                "if round.outcome is not None:\n" + " " * 24 + "break\n                    if",
+                "if seen is not None:\n" + " " * 24 + "break\n                    if",
             ),
         ],
     )
@@ -1254,10 +1255,10 @@ BREAK_WAKES_BEFORE_IT_TELLS: list[Change] = [
     (
         _Round.break_,
         [
-            ("        self.outcome = decided\n", ""),
+            ("            self.outcome = decided\n", ""),
             (
-                "            self.wake()\n",
-                "            self.wake()\n        self.outcome = decided\n",
+                "                self.wake()\n",
+                "                self.wake()\n            self.outcome = decided\n",
             ),
         ],
     )

@@ -50,7 +50,6 @@ from aiosync import (
     Semaphore,
     as_threading,
 )
-from aiosync._barrier import _Threads
 from aiosync._park import FREE_THREADED, ThreadWaiter, run_in_thread, thread_waiter
 
 pytestmark = pytest.mark.anyio
@@ -1257,8 +1256,7 @@ def test_a_round_may_trip_just_as_a_party_that_was_too_late_to_give_up_lies_down
 
     barrier._rounds.latest.indices = Indices(barrier._rounds.latest.indices, come_last)
     twin = barrier._for_threads()
-    twin._kind = _Threads()
-    twin._kind.new_waiter = new_waiter
+    twin._new_waiter = new_waiter
     assert run_in_thread(twin.wait(0)) == 0
     assert not barrier.broken
 

@@ -24,7 +24,7 @@ from anyio import create_task_group, wait_all_tasks_blocked
 from support.helpers import PATIENCE, Indices, InThread, until
 
 from aiosync import Barrier, BrokenBarrierError, _barrier, as_threading
-from aiosync._barrier import BarrierStatistics, _Threads
+from aiosync._barrier import BarrierStatistics
 from aiosync._errors import BrokenReason, broken_barrier
 from aiosync._park import ThreadWaiter
 
@@ -368,6 +368,23 @@ class TestAction:
 
 
 class TestBreaking:
+    async def test_parties_that_leave_a_broken_round_wake_nobody_again(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wake = _barrier._Round.wake
+        woken: list[object] = []
+
+        def count(round: _barrier._Round) -> None:
+            woken.append(round)
+            wake(round)
+
+        monkeypatch.setattr(_barrier._Round, "wake", count)
+        barrier = Barrier(4)
+        async with create_task_group() as tg:
+            await arrive(tg, *(Party(barrier) for _ in range(3)))
+            barrier.abort()
+        assert len(woken) == 1
+
     async def test_abort_sends_an_error_to_all_until_reset(self) -> None:
         barrier = Barrier(3)
         parties = [Party(barrier), Party(barrier)]
@@ -831,8 +848,7 @@ def test_a_thread_that_is_interrupted_while_the_action_runs_keeps_no_other_aslee
     for number in range(4):
         view = as_threading(barrier)
         if number == 1:
-            view._shared._kind = _Threads()
-            view._shared._kind.new_waiter = Interrupted
+            view._shared._new_waiter = Interrupted
         parties.append(InThread(view.wait))
         if number < 3:
             until(lambda number=number: len(round.threads) == number + 1)  # type: ignore[misc]
@@ -978,27 +994,19 @@ def test_a_barrier_of_one_runs_no_action_outside_of_an_event_loop() -> None:
 
 def test_a_newcomer_that_finds_a_round_tripping_joins_the_next() -> None:
     barrier = Barrier(2)
-    rounds = barrier._rounds
-    first = rounds.latest
-    genuine = _barrier._Rounds.current
-    calls = 0
+    view = as_threading(barrier)
+    first = barrier._rounds.latest
 
-    class Rounds(_barrier._Rounds):
-        """Another thread trips the round just after we have found it to be the current one."""
+    class Contested(list[int]):
+        def pop(self, index: Any = -1) -> int:
+            # Two other threads pass, just before we arrive.
+            first.indices = list(self)
+            others = [InThread(view.wait), InThread(view.wait)]
+            assert {other.result() for other in others} == {0, 1}
+            return first.indices.pop(index)
 
-        __slots__ = ()
-
-        def current(self) -> _barrier._Round:
-            nonlocal calls
-            calls += 1
-            found = genuine(self)
-            if calls == 1:
-                found.outcome = _barrier._TRIPPED
-                found.decided["outcome"] = _barrier._TRIPPED
-            return found
-
-    rounds.__class__ = Rounds
-    found = rounds.unbroken()
-    assert calls == 2
-    assert found is rounds.latest is first.next
-    assert found.outcome is None
+    first.indices = Contested(first.indices)
+    newcomer = InThread(view.wait)
+    until(lambda: barrier._rounds.latest is not first and barrier.n_waiting == 1)
+    assert view.wait() == 1
+    assert newcomer.result() == 0

@@ -26,7 +26,6 @@ from aiosync import (
     as_threading,
 )
 from aiosync._errors import (
-    check_blocking,
     check_count,
     check_name,
     check_timeout,
@@ -119,7 +118,7 @@ class TestTimeouts:
 class TestBlocking:
     @pytest.mark.parametrize("blocking", [True, False, 0, 1])
     def test_bools_and_what_callers_of_threading_pass_are_accepted(self, blocking: Any) -> None:
-        assert check_blocking(blocking) is bool(blocking)
+        assert normalize_timeout(blocking, None) == (None if blocking else 0)
 
     @pytest.mark.parametrize("blocking", [0.5, 1.0, 2, "x", None, timedelta(1)])
     def test_a_timeout_in_its_place_is_refused_with_a_hint(self, blocking: Any) -> None:
@@ -128,7 +127,7 @@ class TestBlocking:
             "pass a number of seconds as timeout=$"
         )
         with pytest.raises(TypeError, match=match):
-            check_blocking(blocking)
+            normalize_timeout(blocking, None)
 
     def test_a_timeout_for_a_non_blocking_call_is_refused(self) -> None:
         with pytest.raises(

@@ -1562,13 +1562,10 @@ async def test_a_poller_takes_nothing_while_its_only_task_was_served_but_has_not
 
 
 async def test_a_closed_coroutine_can_be_finalized_while_its_view_holds_its_lock() -> None:
-    for view, lock in (
-        (from_threading(threading.Semaphore(0)), "_poller"),
-        (from_threading(threading.Event()), "_watcher"),
-    ):
+    for view in (from_threading(threading.Semaphore(0)), from_threading(threading.Event())):
         coroutine: Any = view.acquire() if hasattr(view, "acquire") else view.wait()
         coroutine.send(None)
-        with getattr(view, lock)._lock:
+        with view._poller._lock:
             closing = InThread(coroutine.close)
             until(closing.done)
         assert closing.result() is None

@@ -91,7 +91,7 @@ async def test_a_wait_for_an_event_that_ends_leaves_no_trace() -> None:
     view = from_threading(event)
     for _ in range(20):
         assert await view.wait(0.001) is False
-    assert view._watcher._watch is None or view._watcher._watch.waiters == {}
+    assert not view._poller._clients
     await until_async(lambda: helpers() == 0)
     event.set()
     assert await view.wait() is True

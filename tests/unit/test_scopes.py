@@ -37,7 +37,7 @@ class TestScopes:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(_scopes._modules, "anyio._backends._asyncio", object())
-        assert _scopes.innermost_scope() is None
+        assert _scopes.innermost_scope() is _scopes._UNKNOWN
         monkeypatch.undo()
 
         async def work() -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary, ref
 
+from .._callers import module_of
 from .._park import running_task
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 
 class Caller:
@@ -71,3 +76,13 @@ def current_caller() -> Caller:
     if caller is None:
         caller = _known.setdefault(origin, Caller(origin, "thread" if task is None else "task"))
     return caller
+
+
+def called_by_with() -> bool:
+    """Return whether it is a ``with`` or ``async with`` block that has called this package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and module_of(frame).partition(".")[0] == "aiosync":
+        if frame.f_code.co_name in {"__aenter__", "__enter__"}:
+            return True
+        frame = frame.f_back
+    return False

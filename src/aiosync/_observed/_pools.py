@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
-from .._callers import called_by_with
 from .._errors import check_timeout
 from .._park import ki_protected, real_clock
 from .._pool._entry import FOREVER
+from ._caller import called_by_with
 from ._extend import extend
 from ._record import Attempt
 from ._semaphores import outcome_of

@@ -167,7 +167,7 @@ class ObservedBarrier(BarrierBase):
                 claim = object()
                 if not is_unused and round.decided.setdefault("told", claim) is claim:
                     self._record.tell(BrokenRound(outcome.reason))
-            round = round.next
+            round = round.decided.get("next")
 
     def observed_state(self) -> str:
         """See `View`."""

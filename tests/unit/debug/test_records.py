@@ -665,7 +665,7 @@ class TestCallers:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The same, in a thread that a tracer sees."""
-        monkeypatch.setattr(_callers, "_module", lambda _: "aiosync.main")
+        monkeypatch.setattr(_callers, "module_of", lambda _: "aiosync.main")
         assert _callers.call_site() is None
 
     def test_a_callback_of_trio(self) -> None:
