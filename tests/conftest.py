@@ -118,12 +118,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Keep the collector away from what stays until the end: modules, and the tests themselves.
+    import hypothesis  # noqa: F401  (which looks for references that it would not find later)
 
-    Many tests have it look for garbage, which takes a tenth of the time of all tests otherwise.
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_leftovers() -> None:
+    """Before each file, keep the collector away from what stays until the end.
+
+    These are modules, the tests themselves and the reports of those that have run. Many tests have
+    the collector look for garbage, which takes a fifth of the time of all tests otherwise.
     """
-    import hypothesis  # noqa: F401  (which looks for references that it would not find then)
-
     gc.collect()
     gc.freeze()
 
