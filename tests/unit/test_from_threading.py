@@ -23,7 +23,7 @@ import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
-from support.helpers import PATIENCE, Aim, InThread, until, until_async, wait_for_moment
+from support.helpers import PATIENCE, Aim, InThread, settle, until, until_async, wait_for_moment
 
 import aiosync
 from aiosync import _helper_threads, from_threading
@@ -803,7 +803,7 @@ class TestEvent:
         async with anyio.create_task_group() as tg:
             for call in calls:
                 tg.start_soon(call)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             assert not any(call.done for call in calls)
             assert helpers() == 1
             InThread(owned.set).result()
@@ -816,7 +816,7 @@ class TestEvent:
         async with anyio.create_task_group() as tg:
             for call in calls:
                 tg.start_soon(call)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             # The helper is in the event as well as a thread would be.
             await until_async(lambda: owned._cond._waiters)  # type: ignore[attr-defined]
             owned.set()
@@ -868,7 +868,7 @@ class TestEvent:
         async with anyio.create_task_group() as tg:
             for call in calls:
                 tg.start_soon(call)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             calls[1].scope.cancel()
             await until_async(lambda: calls[1].done)
             assert [call.done for call in calls] == [False, True, False]
@@ -1139,7 +1139,7 @@ class TestBarrier:
         call = Call(view.wait)
         async with anyio.create_task_group() as tg:
             tg.start_soon(call)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             call.scope.cancel()
             await until_async(lambda: owned.broken)
             assert isinstance(other.result(), threading.BrokenBarrierError)

@@ -11,8 +11,8 @@ from typing import Any
 
 import anyio
 import pytest
-from anyio import create_task_group, wait_all_tasks_blocked
-from support.helpers import PATIENCE, until_async
+from anyio import create_task_group
+from support.helpers import PATIENCE, settle, until_async
 
 from aiosync import _helper_threads, from_threading
 
@@ -77,7 +77,7 @@ async def test_an_event_that_is_set_for_an_instant_lets_all_go_who_wait() -> Non
     async with create_task_group() as group:
         for _ in range(5):
             group.start_soon(wait)
-        await wait_all_tasks_blocked()
+        await settle()
         # The helper waits inside the event: only then has anybody waited for it at all.
         await until_async(lambda: event._cond._waiters)  # type: ignore[attr-defined]
         event.set()
@@ -152,7 +152,7 @@ def test_a_coroutine_closed_before_its_party_has_passed_aborts_the_barrier() -> 
 async def test_for_ever_is_not_the_timeout_of_the_barrier(timeout: float) -> None:
     barrier = threading.Barrier(2, timeout=0.01)
     view = from_threading(barrier)
-    with anyio.move_on_after(0.1) as scope:
+    with anyio.move_on_after(0.05) as scope:  # five times that of the barrier
         await view.wait(timeout)
     assert scope.cancelled_caught
     assert barrier.broken  # by the cancellation

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 from anyio import create_task_group
-from support.helpers import until_async
+from support.helpers import settle, until_async
 
 from aiosync import (
     Barrier,
@@ -400,7 +400,7 @@ class TestNoDeadlocks:
 
             tasks.start_soon(collect)
             jobs.release()
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             await blocked(jobs, 1)
             assert deadlocks() == ""
             jobs.release(5)
@@ -417,7 +417,7 @@ class TestNoDeadlocks:
             tasks.start_soon(produce)
             await blocked(slots, 1)
             slots.release()
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             await blocked(slots, 1)
             assert deadlocks() == ""
             slots.release()
@@ -510,7 +510,7 @@ class TestNoDeadlocks:
         async with create_task_group() as tasks:
             for _ in range(2):
                 tasks.start_soon(barrier.wait)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             assert len(debug.waiters(barrier)) == 2
             assert deadlocks() == ""
             leave.set()
@@ -534,7 +534,7 @@ class TestNoDeadlocks:
             async with create_task_group() as tasks:
                 tasks.start_soon(work)
                 await blocked(pool, 1)
-                await anyio.wait_all_tasks_blocked()
+                await settle()
                 assert deadlocks() == ""
                 connecting.set()
 
@@ -557,7 +557,7 @@ class TestNoDeadlocks:
             tasks.start_soon(work)
             await blocked(semaphore, 0)
             tasks.start_soon(cross)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             semaphore.release()
             # Not a step of the event loop since.
             assert deadlocks() == ""

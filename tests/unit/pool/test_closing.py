@@ -14,7 +14,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from anyio import CancelScope, WouldBlock, create_task_group
-from support.helpers import PATIENCE, InThread, run_python, until
+from support.helpers import PATIENCE, InThread, run_python, settle, until
 from support.pool_stubs import (
     Backend,
     Connection,
@@ -22,7 +22,6 @@ from support.pool_stubs import (
     is_borrowed,
     never,
     nothing,
-    settle,
     some,
     take,
     use,

@@ -19,7 +19,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from support import pool_process
-from support.helpers import PATIENCE, run_python, until, until_async
+from support.helpers import PATIENCE, run_python, settle, until, until_async
 from support.pool_process import LEASE, LIMIT
 from support.pool_stubs import (
     Backend,
@@ -30,7 +30,6 @@ from support.pool_stubs import (
     give_back,
     lose_one,
     never,
-    settle,
     some,
     take,
 )

@@ -14,7 +14,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from anyio import CancelScope, create_task_group
-from support.helpers import PATIENCE
+from support.helpers import PATIENCE, settle
 from support.pool_stubs import (
     Backend,
     Connection,
@@ -28,7 +28,6 @@ from support.pool_stubs import (
     messages,
     never,
     nothing,
-    settle,
     take,
     use,
 )
@@ -84,7 +83,7 @@ class TestAClosedConnection:
         pool = make(is_closed=is_closed, reset=reset)
         async with pool, anyio.create_task_group() as tasks, pool.connection() as connection:
             tasks.start_soon(wait, pool)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             connection.closed = True
         assert got[0] is not connection
 
@@ -131,7 +130,7 @@ class TestABlockThatRaises:
             with pytest.raises(ValueError, match="mine"):
                 async with pool.connection():
                     tasks.start_soon(wait, pool)
-                    await anyio.wait_all_tasks_blocked()
+                    await settle()
                     raise ValueError("mine")
         assert seen == [1]
 
