@@ -831,6 +831,21 @@ class Idle:
             entry = run_in_thread(self.queue.wait(thread_waiter(), None, None))
         self.got.append(entry)
 
+    def pick(self) -> None:
+        self.got.append(self.queue.pick(0.0, False))
+
+    def put(self) -> None:
+        self.queue.put(self.entry)
+
+    def lay_aside(self) -> None:
+        self.queue.lay_aside(self.entry)
+
+    def close(self) -> None:
+        self.queue.close(self.reason)
+
+    def fail(self) -> None:
+        self.queue.fail(self.reason)
+
     def settled(self, idle: int) -> None:
         everything = [*self.queue.items, *self.queue.stale]
         assert self.reason not in everything, "a failure is left in the queue"
@@ -841,41 +856,26 @@ class Idle:
 def put_against_pick() -> Plan:
     idle = Idle()
 
-    def put() -> None:
-        idle.queue.put(idle.entry)
-
-    def pick() -> None:
-        idle.got.append(idle.queue.pick(0.0, False))
-
     def check(_: list[int]) -> None:
         assert idle.got in ([None], [idle.entry])
         idle.settled(1 if idle.got == [None] else 0)
 
-    return Plan([put, pick], check)
+    return Plan([idle.put, idle.pick], check)
 
 
 def put_against_a_borrower() -> Plan:
     idle = Idle()
 
-    def put() -> None:
-        idle.queue.put(idle.entry)
-
-    def borrow() -> None:
-        idle.borrow()
-
     def check(_: list[int]) -> None:
         assert idle.got == [idle.entry]
         idle.settled(0)
 
-    return Plan([put, borrow], check)
+    return Plan([idle.put, idle.borrow], check)
 
 
 def pick_against_maintenance() -> Plan:
     idle = Idle()
     idle.queue.stale.append(idle.entry)
-
-    def pick() -> None:
-        idle.got.append(idle.queue.pick(0.0, False))
 
     def maintain() -> None:
         idle.got.append(idle.entry if idle.queue.take(idle.entry) else None)
@@ -885,16 +885,13 @@ def pick_against_maintenance() -> Plan:
         assert idle.got.count(idle.entry) == 1
         idle.settled(0)
 
-    return Plan([pick, maintain], check)
+    return Plan([idle.pick, maintain], check)
 
 
 def capacity_against_join() -> Plan:
     """A pool that is resized against a checkout: what other threads see of `resize`."""
     idle = Idle()
     seen: list[bool] = []
-
-    def borrow() -> None:
-        idle.borrow()
 
     def make_capacity() -> None:
         idle.queue.has_capacity = True
@@ -904,124 +901,73 @@ def capacity_against_join() -> Plan:
         assert blocked == [0]
         assert seen == [True] or idle.calls, "maintenance does not know of the waiter"
 
-    return Plan([borrow, make_capacity], check, may_block=True)
+    return Plan([idle.borrow, make_capacity], check, may_block=True)
 
 
 def lay_aside_against_join() -> Plan:
     idle = Idle()
-
-    def borrow() -> None:
-        idle.borrow()
-
-    def lay_aside() -> None:
-        idle.queue.lay_aside(idle.entry)
 
     def check(blocked: list[int]) -> None:
         assert blocked == [0]
         assert idle.calls, "maintenance does not know of a waiter, or of an entry to be checked"
         assert list(idle.queue.stale) == [idle.entry]
 
-    return Plan([borrow, lay_aside], check, may_block=True)
+    return Plan([idle.borrow, idle.lay_aside], check, may_block=True)
 
 
 def close_against_lay_aside() -> Plan:
     idle = Idle()
 
-    def lay_aside() -> None:
-        idle.queue.lay_aside(idle.entry)
-
-    def close() -> None:
-        idle.queue.close(idle.reason)
-
     def check(_: list[int]) -> None:
         assert (1, True) in idle.calls, "maintenance does not know that there is one to be closed"
         idle.settled(1)
 
-    return Plan([lay_aside, close], check)
+    return Plan([idle.lay_aside, idle.close], check)
 
 
 def close_against_join() -> Plan:
     idle = Idle()
-
-    def borrow() -> None:
-        idle.borrow()
-
-    def close() -> None:
-        idle.queue.close(idle.reason)
 
     def check(_: list[int]) -> None:
         assert idle.got == [idle.reason]
         assert any(closed for _, closed in idle.calls)
         idle.settled(0)
 
-    return Plan([borrow, close], check)
+    return Plan([idle.borrow, idle.close], check)
 
 
 def close_against_two_who_join() -> Plan:
     idle = Idle()
 
-    def borrow() -> None:
-        idle.borrow()
-
-    def borrow_too() -> None:
-        idle.borrow()
-
-    def close() -> None:
-        idle.queue.close(idle.reason)
-
     def check(_: list[int]) -> None:
         assert idle.got == [idle.reason, idle.reason]
         idle.settled(0)
 
-    return Plan([borrow, borrow_too, close], check)
+    return Plan([idle.borrow, idle.borrow, idle.close], check)
 
 
 def an_outage_against_put_with_a_borrower() -> Plan:
     idle = Idle()
 
-    def borrow() -> None:
-        idle.borrow()
-
-    def put() -> None:
-        idle.queue.put(idle.entry)
-
-    def fail() -> None:
-        idle.queue.fail(idle.reason)
-
     def check(_: list[int]) -> None:
         assert idle.got in ([idle.entry], [idle.reason])
         idle.settled(0 if idle.got == [idle.entry] else 1)
 
-    return Plan([borrow, put, fail], check, parked=1)
+    return Plan([idle.borrow, idle.put, idle.fail], check, parked=1)
 
 
 def close_against_put() -> Plan:
     idle = Idle()
 
-    def put() -> None:
-        idle.queue.put(idle.entry)
-
-    def close() -> None:
-        idle.queue.close(idle.reason)
-
     def check(_: list[int]) -> None:
         assert (1, True) in idle.calls, "maintenance does not know that there is one to be closed"
         idle.settled(1)
 
-    return Plan([put, close], check)
+    return Plan([idle.put, idle.close], check)
 
 
 def close_against_put_with_a_borrower() -> Plan:
     idle = Idle()
-
-    def borrow() -> None:
-        idle.borrow()
-
-    def put() -> None:
-        idle.queue.put(idle.entry)
-
-    def close() -> None:
-        idle.queue.close(idle.reason)
 
     def check(_: list[int]) -> None:
         assert idle.got in ([idle.entry], [idle.reason])
@@ -1029,7 +975,7 @@ def close_against_put_with_a_borrower() -> Plan:
         assert not left or (1, True) in idle.calls
         idle.settled(left)
 
-    return Plan([borrow, put, close], check, parked=1)
+    return Plan([idle.borrow, idle.put, idle.close], check, parked=1)
 
 
 def borrowed_from_a_pool(**options: Any) -> tuple[ConnectionPool[Any], PoolEntry[Any]]:

@@ -147,6 +147,11 @@ def join(threads: list[threading.Thread]) -> None:
         assert not thread.is_alive()
 
 
+def helper_threads() -> int:
+    """Return how many threads wait in objects of `threading` on behalf of tasks."""
+    return sum(thread.name == "aiosync.from_threading" for thread in threading.enumerate())
+
+
 class Indices(list[int]):
     """The free indices of a round of a barrier.
 

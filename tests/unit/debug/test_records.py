@@ -276,8 +276,9 @@ class TestSemaphores:
 
 
 class TestInterrupts:
+    @pytest.mark.parametrize("blocking", [True, False])
     def test_ctrl_c_just_after_a_permit_was_taken_gives_it_back(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, monkeypatch: pytest.MonkeyPatch, blocking: bool
     ) -> None:
         semaphore = Semaphore()
         record: Any = record_of(semaphore)
@@ -287,7 +288,7 @@ class TestInterrupts:
 
         monkeypatch.setattr(record, "hold", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            as_threading(semaphore).acquire()
+            as_threading(semaphore).acquire(blocking=blocking)
         assert semaphore.value == 1
         assert waiting(semaphore) == []
 
@@ -324,18 +325,6 @@ class TestInterrupts:
             assert len(held_by(semaphore)) == 1
         assert semaphore.value == 1
         assert "hold_began of Semaphore 'mail'" in caplog.text
-
-    def test_without_a_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        semaphore = Semaphore()
-        record: Any = record_of(semaphore)
-
-        def interrupt(*_: object, **__: object) -> None:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(record, "hold", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            as_threading(semaphore).acquire(blocking=False)
-        assert semaphore.value == 1
 
 
 class TestBarriers:
