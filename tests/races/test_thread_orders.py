@@ -323,6 +323,20 @@ class Parties:
         except BrokenBarrierError:
             answers.append("broken")
 
+    def party(self, name: str, timeout: float | None = None) -> Callable[[], None]:
+        """Return what a thread does that waits once."""
+
+        def wait() -> None:
+            self.wait(name, timeout)
+
+        return wait
+
+    def abort(self) -> None:
+        self.view.abort()
+
+    def reset(self) -> None:
+        self.view.reset()
+
     def of_round(self, number: int) -> list[int | str]:
         return sorted(
             (answers[number] for answers in self.outcomes.values() if len(answers) > number),
@@ -339,104 +353,59 @@ class Parties:
 def two_parties_arrive_together() -> Plan:
     parties = Parties(Barrier(2))
 
-    def arrive() -> None:
-        parties.wait("a")
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
     def check(_: list[int]) -> None:
         assert parties.of_round(0) == [0, 1]
         assert not parties.barrier.broken
         parties.settled()
 
-    return Plan([arrive, arrive_too], check)
+    return Plan([parties.party("a"), parties.party("b")], check)
 
 
 def three_parties_arrive_together() -> Plan:
     parties = Parties(Barrier(3))
 
-    def arrive() -> None:
-        parties.wait("a")
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
-    def arrive_as_well() -> None:
-        parties.wait("c")
-
     def check(_: list[int]) -> None:
         assert parties.of_round(0) == [0, 1, 2]
         parties.settled()
 
-    return Plan([arrive, arrive_too, arrive_as_well], check)
+    return Plan([parties.party("a"), parties.party("b"), parties.party("c")], check)
 
 
 def wait_against_abort() -> Plan:
     parties = Parties(Barrier(2))
-
-    def arrive() -> None:
-        parties.wait("a")
-
-    def abort() -> None:
-        parties.view.abort()
 
     def check(_: list[int]) -> None:
         assert parties.of_round(0) == ["broken"]
         assert parties.barrier.broken
         parties.settled()
 
-    return Plan([arrive, abort], check)
+    return Plan([parties.party("a"), parties.abort], check)
 
 
 def two_waits_against_abort() -> Plan:
     parties = Parties(Barrier(2))
-
-    def arrive() -> None:
-        parties.wait("a")
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
-    def abort() -> None:
-        parties.view.abort()
 
     def check(_: list[int]) -> None:
         assert parties.of_round(0) in ([0, 1], ["broken", "broken"])
         assert parties.barrier.broken
         parties.settled()
 
-    return Plan([arrive, arrive_too, abort], check)
+    return Plan([parties.party("a"), parties.party("b"), parties.abort], check)
 
 
 def wait_against_reset() -> Plan:
     parties = Parties(Barrier(2))
-
-    def arrive() -> None:
-        parties.wait("a")
-
-    def reset() -> None:
-        parties.view.reset()
 
     def check(blocked: list[int]) -> None:
         assert parties.of_round(0) == ([] if blocked else ["broken"])
         assert not parties.barrier.broken
         parties.settled(len(blocked))
 
-    return Plan([arrive, reset], check, may_block=True)
+    return Plan([parties.party("a"), parties.reset], check, may_block=True)
 
 
 def two_waits_against_reset() -> Plan:
     parties = Parties(Barrier(2))
-
-    def arrive() -> None:
-        parties.wait("a")
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
-    def reset() -> None:
-        parties.view.reset()
 
     def check(blocked: list[int]) -> None:
         if blocked:  # one came before, one afterwards
@@ -447,17 +416,15 @@ def two_waits_against_reset() -> Plan:
         assert not parties.barrier.broken
         parties.settled(len(blocked))
 
-    return Plan([arrive, arrive_too, reset], check, may_block=True)
+    return Plan(
+        [parties.party("a"), parties.party("b"), parties.reset],
+        check,
+        may_block=True,
+    )
 
 
 def the_last_arrival_against_a_timeout() -> Plan:
     parties = Parties(Barrier(2))
-
-    def arrive() -> None:
-        parties.wait("a", 5)
-
-    def arrive_too() -> None:
-        parties.wait("b")
 
     def check(_: list[int]) -> None:
         outcomes = parties.of_round(0)
@@ -465,39 +432,24 @@ def the_last_arrival_against_a_timeout() -> Plan:
         assert parties.barrier.broken is (outcomes != [0, 1])
         parties.settled()
 
-    return Plan([arrive, arrive_too], check)
+    return Plan([parties.party("a", 5), parties.party("b")], check)
 
 
 def the_last_arrival_and_its_action_against_a_timeout() -> Plan:
     ran: list[int] = []
     parties = Parties(Barrier(2, lambda: ran.append(1)))
 
-    def arrive() -> None:
-        parties.wait("a", 5)
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
     def check(_: list[int]) -> None:
         outcomes = parties.of_round(0)
         assert (outcomes, ran) in (([0, 1], [1]), (["broken", "broken"], []))
         parties.settled()
 
-    return Plan([arrive, arrive_too], check)
+    return Plan([parties.party("a", 5), parties.party("b")], check)
 
 
 def an_action_against_abort() -> Plan:
     ran: list[int] = []
     parties = Parties(Barrier(2, lambda: ran.append(1)))
-
-    def arrive() -> None:
-        parties.wait("a")
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
-    def abort() -> None:
-        parties.view.abort()
 
     def check(_: list[int]) -> None:
         outcomes = parties.of_round(0)
@@ -507,21 +459,16 @@ def an_action_against_abort() -> Plan:
         assert parties.barrier.broken
         parties.settled()
 
-    return Plan([arrive, arrive_too, abort], check, parked=1)
+    return Plan(
+        [parties.party("a"), parties.party("b"), parties.abort],
+        check,
+        parked=1,
+    )
 
 
 def a_party_too_many_while_the_action_runs() -> Plan:
     ran: list[int] = []
     parties = Parties(Barrier(2, lambda: ran.append(1)))
-
-    def arrive() -> None:
-        parties.wait("a")
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
-    def arrive_as_well() -> None:
-        parties.wait("c")
 
     def check(blocked: list[int]) -> None:
         assert len(blocked) == 1
@@ -529,7 +476,12 @@ def a_party_too_many_while_the_action_runs() -> Plan:
         assert ran == [1]
         parties.settled(1)
 
-    return Plan([arrive, arrive_too, arrive_as_well], check, parked=1, may_block=True)
+    return Plan(
+        [parties.party("a"), parties.party("b"), parties.party("c")],
+        check,
+        parked=1,
+        may_block=True,
+    )
 
 
 def two_rounds_and_abort() -> Plan:
@@ -543,9 +495,6 @@ def two_rounds_and_abort() -> Plan:
         parties.wait("b")
         parties.wait("b")
 
-    def abort() -> None:
-        parties.view.abort()
-
     def check(_: list[int]) -> None:
         first, second = parties.of_round(0), parties.of_round(1)
         assert first in ([0, 1], ["broken", "broken"])
@@ -554,7 +503,7 @@ def two_rounds_and_abort() -> Plan:
         assert parties.barrier.broken
         parties.settled()
 
-    return Plan([arrive_twice, arrive_twice_too, abort], check, parked=1)
+    return Plan([arrive_twice, arrive_twice_too, parties.abort], check, parked=1)
 
 
 def three_threads_in_rounds_of_two_and_abort() -> Plan:
@@ -563,9 +512,6 @@ def three_threads_in_rounds_of_two_and_abort() -> Plan:
     def arrive_twice() -> None:
         parties.wait("a")
         parties.wait("a")
-
-    def arrive_once() -> None:
-        parties.wait("b")
 
     def arrive_and_abort() -> None:
         parties.wait("c")
@@ -582,7 +528,12 @@ def three_threads_in_rounds_of_two_and_abort() -> Plan:
             assert parties.barrier.broken
         parties.settled(len(blocked))
 
-    return Plan([arrive_twice, arrive_once, arrive_and_abort], check, parked=1, may_block=True)
+    return Plan(
+        [arrive_twice, parties.party("b"), arrive_and_abort],
+        check,
+        parked=1,
+        may_block=True,
+    )
 
 
 # -- The queue on its own.

@@ -13,11 +13,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 import sniffio
 import trio.testing
@@ -64,6 +65,24 @@ async def settle() -> None:
         others: list[Any] = [task for task in asyncio.all_tasks() if task is not me]
         waits_for = [task._fut_waiter for task in others]
         calm = 0 if any(waiter is None or waiter.done() for waiter in waits_for) else calm + 1
+
+
+async def repeat_until_others_run(call: Callable[[], Awaitable[object]]) -> None:
+    """Await `call` again and again until another task has run meanwhile.
+
+    This never ends if `call` does not let the event loop run.
+    """
+    has_run = False
+
+    async def run() -> None:
+        nonlocal has_run
+        await anyio.lowlevel.checkpoint()
+        has_run = True
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run)
+        while not has_run:
+            await call()
 
 
 def assert_free(semaphore: Semaphore, value: int) -> None:

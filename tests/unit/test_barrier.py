@@ -20,7 +20,16 @@ import pytest
 import trio
 import trio.testing
 from anyio import create_task_group
-from support.helpers import PATIENCE, Indices, InThread, join, settle, until, wait_in_threads
+from support.helpers import (
+    PATIENCE,
+    Indices,
+    InThread,
+    join,
+    repeat_until_others_run,
+    settle,
+    until,
+    wait_in_threads,
+)
 
 from aiosync import Barrier, BrokenBarrierError, _barrier, as_threading
 from aiosync._barrier import BarrierStatistics, _Threads
@@ -131,17 +140,11 @@ class TestRounds:
 
     async def test_a_barrier_of_one_never_waits_but_lets_others_run(self) -> None:
         barrier = Barrier(1)
-        stop = False
 
-        async def other() -> None:
-            nonlocal stop
-            await anyio.lowlevel.checkpoint()
-            stop = True
+        async def wait() -> None:
+            assert await barrier.wait() == 0
 
-        async with create_task_group() as tg:
-            tg.start_soon(other)
-            while not stop:
-                assert await barrier.wait() == 0
+        await repeat_until_others_run(wait)
 
     async def test_the_context_manager_gives_the_index(self) -> None:
         barrier = Barrier(2)

@@ -14,7 +14,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from anyio import WouldBlock, create_task_group
-from support.helpers import settle
+from support.helpers import repeat_until_others_run, settle
 
 from aiosync import (
     BoundedSemaphore,
@@ -263,32 +263,20 @@ class TestCheckpoints:
         self, kind: Kind, how: dict[str, Any]
     ) -> None:
         semaphore = kind(1)
-        stop = False
 
-        async def other() -> None:
-            nonlocal stop
-            await anyio.lowlevel.checkpoint()
-            stop = True
+        async def acquire_and_release() -> None:
+            if await semaphore.acquire(**how):
+                semaphore.release()
 
-        async with create_task_group() as tg:
-            tg.start_soon(other)
-            while not stop:
-                if await semaphore.acquire(**how):
-                    semaphore.release()
+        await repeat_until_others_run(acquire_and_release)
 
     async def test_a_vain_try_lets_others_run_too(self, kind: Kind) -> None:
         semaphore = kind(0)
-        stop = False
 
-        async def other() -> None:
-            nonlocal stop
-            await anyio.lowlevel.checkpoint()
-            stop = True
+        async def acquire() -> None:
+            assert await semaphore.acquire(blocking=False) is False
 
-        async with create_task_group() as tg:
-            tg.start_soon(other)
-            while not stop:
-                assert await semaphore.acquire(blocking=False) is False
+        await repeat_until_others_run(acquire)
 
     @pytest.mark.parametrize("how", [{}, {"blocking": False}, {"timeout": 0}])
     async def test_fast_acquire_does_not_yield(self, kind: Kind, how: dict[str, Any]) -> None:

@@ -187,6 +187,7 @@ def test_a_ticket_is_decided_once() -> None:
     assert ticket.settle(5)
     assert not ticket.settle(6)
     assert not ticket.withdraw()
+    assert ticket.outcome == 5
     assert ticket.decided
 
 
