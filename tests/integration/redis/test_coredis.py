@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.redis, pytest.mark.timeout(60)]
 
 _numbers = itertools.count()
 # Seconds until a silent connection counts as one that stays silent.
-SILENCE = 0.1
+SILENCE = 0.05
 
 
 @pytest.fixture
