@@ -83,12 +83,8 @@ class ThreadSemaphore(NeedsPlainWith):
 
     def __enter__(self) -> bool:
         """Do what ``acquire()`` does."""
-        if not self._slow_path:  # inlined: as in `acquire`
-            try:
-                return self._items.pop()
-            except IndexError:
-                pass
-        return run_in_thread(self._shared.__aenter__())
+        # A block of an observed semaphore is told from a call; its path is always the slow one.
+        return run_in_thread(self._shared.__aenter__()) if self._slow_path else self.acquire()
 
     def __exit__(
         self,
@@ -127,16 +123,6 @@ class ThreadBoundedSemaphore(ThreadSemaphore):
             except IndexError:
                 pass
         return run_in_thread(self._shared.acquire(blocking, timeout))
-
-    def __enter__(self) -> bool:
-        """Do what ``acquire()`` does."""
-        if not self._slow_path:
-            try:
-                self._held.append(self._items.pop())
-                return True
-            except IndexError:
-                pass
-        return run_in_thread(self._shared.__aenter__())
 
     def __repr__(self) -> str:
         return _repr(self, self._semaphore, f"value={self._semaphore.value}/{self._bound}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -20,7 +21,7 @@ pytest.importorskip("opentelemetry.exporter.prometheus", exc_type=ImportError)
 
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
-from prometheus_client import start_http_server
+from prometheus_client import MetricsHandler
 
 from aiosync.opentelemetry import instrument, instrument_all, uninstrument_all
 
@@ -62,7 +63,10 @@ def provider() -> Iterator[MeterProvider]:
 
 @pytest.fixture
 def scraper(provider: MeterProvider) -> Iterator[Scraper]:
-    server, thread = start_http_server(0, addr="127.0.0.1")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), MetricsHandler)
+    # Polls more often than that of `start_http_server`, so that it ends without a delay.
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
     yield Scraper(server.server_port)
     server.shutdown()
     server.server_close()

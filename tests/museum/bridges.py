@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -121,7 +122,13 @@ def permit_of_nobody(make: Callable[[], Shared]) -> None:
             expect(permits == 1, f"the thread was told {told}, and {permits} permits exist")
             aim.learn(told is True)
 
-    asyncio.run(main())
+    interval = sys.getswitchinterval()
+    # Otherwise the thread waits 5 ms for the event loop that spins until the moment.
+    sys.setswitchinterval(1e-4)
+    try:
+        asyncio.run(main())
+    finally:
+        sys.setswitchinterval(interval)
 
 
 class Borrowed(Protocol):

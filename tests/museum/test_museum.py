@@ -69,6 +69,7 @@ def test_what_is_rebuilt_has_no_flaw_but_its_own(shown: Exhibit) -> None:
 
 
 @others
+@pytest.mark.slow  # imports all of these projects, and says nothing about aiosync
 @pytest.mark.parametrize(("shown", "control"), each_control(rebuilt=False))
 def test_whether_the_project_has_it(shown: Exhibit, control: Control) -> None:
     # Never a failure: what others do about their bugs must not break us.

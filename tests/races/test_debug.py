@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import random
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
+from support.debugging import debugging
 from unit.debug.test_trace import check
 
 from aiosync import Semaphore, as_threading, debug
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.stress
+__all__ = ["debugging"]
 
-
-@pytest.fixture(autouse=True)
-def debugging() -> Iterator[None]:
-    before, interval = debug.enabled(), sys.getswitchinterval()
-    debug.enable(watchdog=None)
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(interval)
-    debug.disable()
-    if before:
-        debug.enable()
+pytestmark = [pytest.mark.stress, pytest.mark.usefixtures("fast_switches")]
 
 
 def test_no_holder_is_left_and_the_slices_are_nested(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from support.helpers import Interrupt
+from support.helpers import Interrupt, join, wait_in_threads
 
 from aiosync import Barrier, BrokenBarrierError, Semaphore, _barrier, _park, as_threading
 
@@ -29,32 +29,6 @@ def interrupt_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> No
         return genuine(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, interrupted)
-
-
-def wait_in_threads(barrier: Barrier, count: int) -> tuple[list[threading.Thread], list[object]]:
-    """Let `count` threads wait; return them, and what will have come of it."""
-    outcomes: list[object] = []
-
-    def wait() -> None:
-        try:
-            outcomes.append(as_threading(barrier).wait())
-        except BrokenBarrierError:
-            outcomes.append("broken")
-
-    threads = [threading.Thread(target=wait, daemon=True) for _ in range(count)]
-    for number, thread in enumerate(threads):
-        thread.start()
-        deadline = time.monotonic() + 10
-        while barrier.n_waiting <= number:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-    return threads, outcomes
-
-
-def join(threads: list[threading.Thread]) -> None:
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
 
 
 class TestTheLastPartyOfABarrier:

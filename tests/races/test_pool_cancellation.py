@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import math
 import threading
 import time
@@ -25,6 +24,7 @@ import trio.testing
 from support.pool_cancellation import (
     PATIENCE,
     checkpoint,
+    count_steps,
     explained,
     has_begun,
     tasks_of,
@@ -36,24 +36,14 @@ from support.pool_cancellation import (
 from support.pool_stubs import SteppingBackend, SteppingConnection, steps
 
 from aiosync import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
-from aiosync._pool import _backoff, _closing
+from aiosync._pool import _closing
 from aiosync._pool._entry import State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
 pytestmark = [pytest.mark.anyio, pytest.mark.stress]
-
-
-@pytest.fixture(autouse=True)
-def no_time(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Here it is steps that count, not time, which depends on the load of the machine.
-
-    After a failed connect the next one comes at once. A reset that was cancelled may take any time.
-    """
-    caplog.set_level(logging.CRITICAL, "aiosync.pool")
-    monkeypatch.setattr(_backoff, "FIRST_DELAY", 0.0)
-    monkeypatch.setattr(_closing, "GRACE", PATIENCE)
+steps_count = pytest.fixture(count_steps, autouse=True)
 
 
 @pytest.fixture

@@ -216,7 +216,7 @@ def test_release_by_a_handler_of_a_timer_signal_wakes_an_idle_loop(loop: str) ->
     async def main() -> float:
         started = time.monotonic()
         for _ in range(rounds):
-            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
             # The timeout is what would wake it if the signal did not.
             assert await semaphore.acquire(timeout=SHORT_PATIENCE)
         return time.monotonic() - started

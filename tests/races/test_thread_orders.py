@@ -324,6 +324,20 @@ class Parties:
         except BrokenBarrierError:
             answers.append("broken")
 
+    def party(self, name: str, timeout: float | None = None) -> Callable[[], None]:
+        """Return what a thread does that waits once."""
+
+        def wait() -> None:
+            self.wait(name, timeout)
+
+        return wait
+
+    def abort(self) -> None:
+        self.view.abort()
+
+    def reset(self) -> None:
+        self.view.reset()
+
     def of_round(self, number: int) -> list[int | str]:
         return sorted(
             (answers[number] for answers in self.outcomes.values() if len(answers) > number),
@@ -340,104 +354,59 @@ class Parties:
 def two_parties_arrive_together() -> Plan:
     parties = Parties(Barrier(2))
 
-    def arrive() -> None:
-        parties.wait("a")
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
     def check(_: list[int]) -> None:
         assert parties.of_round(0) == [0, 1]
         assert not parties.barrier.broken
         parties.settled()
 
-    return Plan([arrive, arrive_too], check)
+    return Plan([parties.party("a"), parties.party("b")], check)
 
 
 def three_parties_arrive_together() -> Plan:
     parties = Parties(Barrier(3))
 
-    def arrive() -> None:
-        parties.wait("a")
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
-    def arrive_as_well() -> None:
-        parties.wait("c")
-
     def check(_: list[int]) -> None:
         assert parties.of_round(0) == [0, 1, 2]
         parties.settled()
 
-    return Plan([arrive, arrive_too, arrive_as_well], check)
+    return Plan([parties.party("a"), parties.party("b"), parties.party("c")], check)
 
 
 def wait_against_abort() -> Plan:
     parties = Parties(Barrier(2))
-
-    def arrive() -> None:
-        parties.wait("a")
-
-    def abort() -> None:
-        parties.view.abort()
 
     def check(_: list[int]) -> None:
         assert parties.of_round(0) == ["broken"]
         assert parties.barrier.broken
         parties.settled()
 
-    return Plan([arrive, abort], check)
+    return Plan([parties.party("a"), parties.abort], check)
 
 
 def two_waits_against_abort() -> Plan:
     parties = Parties(Barrier(2))
-
-    def arrive() -> None:
-        parties.wait("a")
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
-    def abort() -> None:
-        parties.view.abort()
 
     def check(_: list[int]) -> None:
         assert parties.of_round(0) in ([0, 1], ["broken", "broken"])
         assert parties.barrier.broken
         parties.settled()
 
-    return Plan([arrive, arrive_too, abort], check)
+    return Plan([parties.party("a"), parties.party("b"), parties.abort], check)
 
 
 def wait_against_reset() -> Plan:
     parties = Parties(Barrier(2))
-
-    def arrive() -> None:
-        parties.wait("a")
-
-    def reset() -> None:
-        parties.view.reset()
 
     def check(blocked: list[int]) -> None:
         assert parties.of_round(0) == ([] if blocked else ["broken"])
         assert not parties.barrier.broken
         parties.settled(len(blocked))
 
-    return Plan([arrive, reset], check, may_block=True)
+    return Plan([parties.party("a"), parties.reset], check, may_block=True)
 
 
 def two_waits_against_reset() -> Plan:
     parties = Parties(Barrier(2))
-
-    def arrive() -> None:
-        parties.wait("a")
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
-    def reset() -> None:
-        parties.view.reset()
 
     def check(blocked: list[int]) -> None:
         if blocked:  # one came before, one afterwards
@@ -448,17 +417,15 @@ def two_waits_against_reset() -> Plan:
         assert not parties.barrier.broken
         parties.settled(len(blocked))
 
-    return Plan([arrive, arrive_too, reset], check, may_block=True)
+    return Plan(
+        [parties.party("a"), parties.party("b"), parties.reset],
+        check,
+        may_block=True,
+    )
 
 
 def the_last_arrival_against_a_timeout() -> Plan:
     parties = Parties(Barrier(2))
-
-    def arrive() -> None:
-        parties.wait("a", 5)
-
-    def arrive_too() -> None:
-        parties.wait("b")
 
     def check(_: list[int]) -> None:
         outcomes = parties.of_round(0)
@@ -466,39 +433,24 @@ def the_last_arrival_against_a_timeout() -> Plan:
         assert parties.barrier.broken is (outcomes != [0, 1])
         parties.settled()
 
-    return Plan([arrive, arrive_too], check)
+    return Plan([parties.party("a", 5), parties.party("b")], check)
 
 
 def the_last_arrival_and_its_action_against_a_timeout() -> Plan:
     ran: list[int] = []
     parties = Parties(Barrier(2, lambda: ran.append(1)))
 
-    def arrive() -> None:
-        parties.wait("a", 5)
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
     def check(_: list[int]) -> None:
         outcomes = parties.of_round(0)
         assert (outcomes, ran) in (([0, 1], [1]), (["broken", "broken"], []))
         parties.settled()
 
-    return Plan([arrive, arrive_too], check)
+    return Plan([parties.party("a", 5), parties.party("b")], check)
 
 
 def an_action_against_abort() -> Plan:
     ran: list[int] = []
     parties = Parties(Barrier(2, lambda: ran.append(1)))
-
-    def arrive() -> None:
-        parties.wait("a")
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
-    def abort() -> None:
-        parties.view.abort()
 
     def check(_: list[int]) -> None:
         outcomes = parties.of_round(0)
@@ -508,21 +460,16 @@ def an_action_against_abort() -> Plan:
         assert parties.barrier.broken
         parties.settled()
 
-    return Plan([arrive, arrive_too, abort], check, parked=1)
+    return Plan(
+        [parties.party("a"), parties.party("b"), parties.abort],
+        check,
+        parked=1,
+    )
 
 
 def a_party_too_many_while_the_action_runs() -> Plan:
     ran: list[int] = []
     parties = Parties(Barrier(2, lambda: ran.append(1)))
-
-    def arrive() -> None:
-        parties.wait("a")
-
-    def arrive_too() -> None:
-        parties.wait("b")
-
-    def arrive_as_well() -> None:
-        parties.wait("c")
 
     def check(blocked: list[int]) -> None:
         assert len(blocked) == 1
@@ -530,7 +477,12 @@ def a_party_too_many_while_the_action_runs() -> Plan:
         assert ran == [1]
         parties.settled(1)
 
-    return Plan([arrive, arrive_too, arrive_as_well], check, parked=1, may_block=True)
+    return Plan(
+        [parties.party("a"), parties.party("b"), parties.party("c")],
+        check,
+        parked=1,
+        may_block=True,
+    )
 
 
 def two_rounds_and_abort() -> Plan:
@@ -544,9 +496,6 @@ def two_rounds_and_abort() -> Plan:
         parties.wait("b")
         parties.wait("b")
 
-    def abort() -> None:
-        parties.view.abort()
-
     def check(_: list[int]) -> None:
         first, second = parties.of_round(0), parties.of_round(1)
         assert first in ([0, 1], ["broken", "broken"])
@@ -555,7 +504,7 @@ def two_rounds_and_abort() -> Plan:
         assert parties.barrier.broken
         parties.settled()
 
-    return Plan([arrive_twice, arrive_twice_too, abort], check, parked=1)
+    return Plan([arrive_twice, arrive_twice_too, parties.abort], check, parked=1)
 
 
 def three_threads_in_rounds_of_two_and_abort() -> Plan:
@@ -564,9 +513,6 @@ def three_threads_in_rounds_of_two_and_abort() -> Plan:
     def arrive_twice() -> None:
         parties.wait("a")
         parties.wait("a")
-
-    def arrive_once() -> None:
-        parties.wait("b")
 
     def arrive_and_abort() -> None:
         parties.wait("c")
@@ -583,7 +529,12 @@ def three_threads_in_rounds_of_two_and_abort() -> Plan:
             assert parties.barrier.broken
         parties.settled(len(blocked))
 
-    return Plan([arrive_twice, arrive_once, arrive_and_abort], check, parked=1, may_block=True)
+    return Plan(
+        [arrive_twice, parties.party("b"), arrive_and_abort],
+        check,
+        parked=1,
+        may_block=True,
+    )
 
 
 # -- The queue on its own.
@@ -833,6 +784,21 @@ class Idle:
             entry = run_in_thread(self.queue.wait(thread_waiter(), None, None))
         self.got.append(entry)
 
+    def pick(self) -> None:
+        self.got.append(self.queue.pick(0.0, False))
+
+    def put(self) -> None:
+        self.queue.put(self.entry)
+
+    def lay_aside(self) -> None:
+        self.queue.lay_aside(self.entry)
+
+    def close(self) -> None:
+        self.queue.close(self.reason)
+
+    def fail(self) -> None:
+        self.queue.fail(self.reason)
+
     def settled(self, idle: int) -> None:
         everything = [*self.queue.items, *self.queue.stale]
         assert self.reason not in everything, "a failure is left in the queue"
@@ -843,41 +809,26 @@ class Idle:
 def put_against_pick() -> Plan:
     idle = Idle()
 
-    def put() -> None:
-        idle.queue.put(idle.entry)
-
-    def pick() -> None:
-        idle.got.append(idle.queue.pick(0.0, False))
-
     def check(_: list[int]) -> None:
         assert idle.got in ([None], [idle.entry])
         idle.settled(1 if idle.got == [None] else 0)
 
-    return Plan([put, pick], check)
+    return Plan([idle.put, idle.pick], check)
 
 
 def put_against_a_borrower() -> Plan:
     idle = Idle()
 
-    def put() -> None:
-        idle.queue.put(idle.entry)
-
-    def borrow() -> None:
-        idle.borrow()
-
     def check(_: list[int]) -> None:
         assert idle.got == [idle.entry]
         idle.settled(0)
 
-    return Plan([put, borrow], check)
+    return Plan([idle.put, idle.borrow], check)
 
 
 def pick_against_maintenance() -> Plan:
     idle = Idle()
     idle.queue.stale.append(idle.entry)
-
-    def pick() -> None:
-        idle.got.append(idle.queue.pick(0.0, False))
 
     def maintain() -> None:
         idle.got.append(idle.entry if idle.queue.take(idle.entry) else None)
@@ -887,16 +838,13 @@ def pick_against_maintenance() -> Plan:
         assert idle.got.count(idle.entry) == 1
         idle.settled(0)
 
-    return Plan([pick, maintain], check)
+    return Plan([idle.pick, maintain], check)
 
 
 def capacity_against_join() -> Plan:
     """A pool that is resized against a checkout: what other threads see of `resize`."""
     idle = Idle()
     seen: list[bool] = []
-
-    def borrow() -> None:
-        idle.borrow()
 
     def make_capacity() -> None:
         idle.queue.has_capacity = True
@@ -906,124 +854,73 @@ def capacity_against_join() -> Plan:
         assert blocked == [0]
         assert seen == [True] or idle.calls, "maintenance does not know of the waiter"
 
-    return Plan([borrow, make_capacity], check, may_block=True)
+    return Plan([idle.borrow, make_capacity], check, may_block=True)
 
 
 def lay_aside_against_join() -> Plan:
     idle = Idle()
-
-    def borrow() -> None:
-        idle.borrow()
-
-    def lay_aside() -> None:
-        idle.queue.lay_aside(idle.entry)
 
     def check(blocked: list[int]) -> None:
         assert blocked == [0]
         assert idle.calls, "maintenance does not know of a waiter, or of an entry to be checked"
         assert list(idle.queue.stale) == [idle.entry]
 
-    return Plan([borrow, lay_aside], check, may_block=True)
+    return Plan([idle.borrow, idle.lay_aside], check, may_block=True)
 
 
 def close_against_lay_aside() -> Plan:
     idle = Idle()
 
-    def lay_aside() -> None:
-        idle.queue.lay_aside(idle.entry)
-
-    def close() -> None:
-        idle.queue.close(idle.reason)
-
     def check(_: list[int]) -> None:
         assert (1, True) in idle.calls, "maintenance does not know that there is one to be closed"
         idle.settled(1)
 
-    return Plan([lay_aside, close], check)
+    return Plan([idle.lay_aside, idle.close], check)
 
 
 def close_against_join() -> Plan:
     idle = Idle()
-
-    def borrow() -> None:
-        idle.borrow()
-
-    def close() -> None:
-        idle.queue.close(idle.reason)
 
     def check(_: list[int]) -> None:
         assert idle.got == [idle.reason]
         assert any(closed for _, closed in idle.calls)
         idle.settled(0)
 
-    return Plan([borrow, close], check)
+    return Plan([idle.borrow, idle.close], check)
 
 
 def close_against_two_who_join() -> Plan:
     idle = Idle()
 
-    def borrow() -> None:
-        idle.borrow()
-
-    def borrow_too() -> None:
-        idle.borrow()
-
-    def close() -> None:
-        idle.queue.close(idle.reason)
-
     def check(_: list[int]) -> None:
         assert idle.got == [idle.reason, idle.reason]
         idle.settled(0)
 
-    return Plan([borrow, borrow_too, close], check)
+    return Plan([idle.borrow, idle.borrow, idle.close], check)
 
 
 def an_outage_against_put_with_a_borrower() -> Plan:
     idle = Idle()
 
-    def borrow() -> None:
-        idle.borrow()
-
-    def put() -> None:
-        idle.queue.put(idle.entry)
-
-    def fail() -> None:
-        idle.queue.fail(idle.reason)
-
     def check(_: list[int]) -> None:
         assert idle.got in ([idle.entry], [idle.reason])
         idle.settled(0 if idle.got == [idle.entry] else 1)
 
-    return Plan([borrow, put, fail], check, parked=1)
+    return Plan([idle.borrow, idle.put, idle.fail], check, parked=1)
 
 
 def close_against_put() -> Plan:
     idle = Idle()
 
-    def put() -> None:
-        idle.queue.put(idle.entry)
-
-    def close() -> None:
-        idle.queue.close(idle.reason)
-
     def check(_: list[int]) -> None:
         assert (1, True) in idle.calls, "maintenance does not know that there is one to be closed"
         idle.settled(1)
 
-    return Plan([put, close], check)
+    return Plan([idle.put, idle.close], check)
 
 
 def close_against_put_with_a_borrower() -> Plan:
     idle = Idle()
-
-    def borrow() -> None:
-        idle.borrow()
-
-    def put() -> None:
-        idle.queue.put(idle.entry)
-
-    def close() -> None:
-        idle.queue.close(idle.reason)
 
     def check(_: list[int]) -> None:
         assert idle.got in ([idle.entry], [idle.reason])
@@ -1031,7 +928,7 @@ def close_against_put_with_a_borrower() -> Plan:
         assert not left or (1, True) in idle.calls
         idle.settled(left)
 
-    return Plan([borrow, put, close], check, parked=1)
+    return Plan([idle.borrow, idle.put, idle.close], check, parked=1)
 
 
 def borrowed_from_a_pool(**options: Any) -> tuple[ConnectionPool[Any], PoolEntry[Any]]:

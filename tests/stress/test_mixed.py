@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import random
-import sys
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -22,20 +21,11 @@ from aiosync import Barrier, BoundedSemaphore, BrokenBarrierError, Semaphore
 from aiosync._park import run_in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
 
 # How long a storm lasts.
 STORM = 1.2
-
-
-@pytest.fixture
-def fast_switches() -> Iterator[None]:
-    """Let the threads take turns after every few bytecodes."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
 
 
 def run_all(workers: Sequence[Callable[[], None]], driver: Callable[[], None]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import random
 import time
@@ -16,6 +15,7 @@ import pytest
 from support.pool_cancellation import (
     PATIENCE,
     checkpoint,
+    count_steps,
     explained,
     has_begun,
     tasks_of,
@@ -27,27 +27,16 @@ from support.pool_cancellation import (
 from support.pool_stubs import SteppingBackend, SteppingConnection, steps
 
 from aiosync import PoolTimeout, TooManyRequests
-from aiosync._pool import _backoff, _closing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytestmark = [pytest.mark.anyio, pytest.mark.stress]
+steps_count = pytest.fixture(count_steps, autouse=True)
 
 
 # How long a storm lasts.
 STORM = 0.9
-
-
-@pytest.fixture(autouse=True)
-def no_time(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Here it is steps that count, not time, which depends on the load of the machine.
-
-    After a failed connect the next one comes at once. A reset that was cancelled may take any time.
-    """
-    caplog.set_level(logging.CRITICAL, "aiosync.pool")
-    monkeypatch.setattr(_backoff, "FIRST_DELAY", 0.0)
-    monkeypatch.setattr(_closing, "GRACE", PATIENCE)
 
 
 class PoolStorm:

@@ -37,11 +37,12 @@ class Disturbance:
 
     def __init__(
         self,
-        sleep: Callable[[float], object] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._sleep, self._clock = sleep, clock
-        self._over = False
+        self._over = threading.Event()
+        # The event ends the last sleep early: the test that follows need not wait for it.
+        self._sleep, self._clock = sleep or self._over.wait, clock
         self._thread = threading.Thread(target=self._measure, name="disturbance", daemon=True)
         self.seconds = 0.0
 
@@ -50,11 +51,11 @@ class Disturbance:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over = True
+        self._over.set()
         self._thread.join()
 
     def _measure(self) -> None:
-        while not self._over:
+        while not self._over.is_set():
             start = self._clock()
             self._sleep(self.PERIOD)
             self.seconds = max(self.seconds, self._clock() - start - self.PERIOD)

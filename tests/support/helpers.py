@@ -6,19 +6,24 @@ one subject only, such as the stub connections of a pool.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
+import sniffio
+import trio.testing
 
-from aiosync import Semaphore
+from aiosync import Barrier, BrokenBarrierError, Semaphore, as_threading
 
 # How long, in seconds, something may take that happens at once unless it never happens.
 PATIENCE = 20.0
@@ -44,6 +49,40 @@ async def until_async(condition: Callable[[], object], seconds: float = PATIENCE
     with anyio.fail_after(seconds):
         while not condition():
             await anyio.sleep(0.0005)
+
+
+async def settle() -> None:
+    """Wait until every other task is blocked.
+
+    `anyio.wait_all_tasks_blocked` does the same, but takes 0.1 seconds under asyncio.
+    """
+    if sniffio.current_async_library() == "trio":
+        await trio.testing.wait_all_tasks_blocked()
+        return
+    me, calm = asyncio.current_task(), 0
+    while calm < 3:
+        await asyncio.sleep(0)
+        others: list[Any] = [task for task in asyncio.all_tasks() if task is not me]
+        waits_for = [task._fut_waiter for task in others]
+        calm = 0 if any(waiter is None or waiter.done() for waiter in waits_for) else calm + 1
+
+
+async def repeat_until_others_run(call: Callable[[], Awaitable[object]]) -> None:
+    """Await `call` again and again until another task has run meanwhile.
+
+    This never ends if `call` does not let the event loop run.
+    """
+    has_run = False
+
+    async def run() -> None:
+        nonlocal has_run
+        await anyio.lowlevel.checkpoint()
+        has_run = True
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run)
+        while not has_run:
+            await call()
 
 
 def assert_free(semaphore: Semaphore, value: int) -> None:
@@ -96,6 +135,40 @@ class InThread:
         self._thread.join(PATIENCE)
         assert self.done(), "the thread hangs"
         return self._result
+
+
+def wait_in_threads(barrier: Barrier, count: int) -> tuple[list[threading.Thread], list[object]]:
+    """Let `count` threads wait at a barrier, one after the other.
+
+    Return them, and a list to which each adds its index, or "broken", when it ends.
+    """
+    outcomes: list[object] = []
+
+    def wait() -> None:
+        try:
+            outcomes.append(as_threading(barrier).wait())
+        except BrokenBarrierError:
+            outcomes.append("broken")
+
+    def have_arrived(number: int) -> bool:
+        return barrier.n_waiting == number
+
+    threads = [threading.Thread(target=wait, daemon=True) for _ in range(count)]
+    for number, thread in enumerate(threads, 1):
+        thread.start()
+        until(partial(have_arrived, number))
+    return threads, outcomes
+
+
+def join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+def helper_threads() -> int:
+    """Return how many threads wait in objects of `threading` on behalf of tasks."""
+    return sum(thread.name == "aiosync.from_threading" for thread in threading.enumerate())
 
 
 class Indices(list[int]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import math
 import time
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ import pytest
 import sniffio
 
 from aiosync import ConnectionPool, PoolClosed
+from aiosync._pool import _backoff, _closing
 from support.pool_stubs import SteppingBackend, SteppingConnection
 
 if TYPE_CHECKING:
@@ -26,6 +28,16 @@ PATIENCE = 15.0
 
 
 checkpoint = anyio.lowlevel.checkpoint
+
+
+def count_steps(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Let steps count, not time, which depends on the load of the machine. A fixture of two files.
+
+    After a failed connect the next one comes at once. A reset that was cancelled may take any time.
+    """
+    caplog.set_level(logging.CRITICAL, "aiosync.pool")
+    monkeypatch.setattr(_backoff, "FIRST_DELAY", 0.0)
+    monkeypatch.setattr(_closing, "GRACE", PATIENCE)
 
 
 async def until(condition: Callable[[], bool]) -> None:

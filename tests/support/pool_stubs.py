@@ -6,7 +6,6 @@ that have nothing to do with pools; see `helpers`.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 from collections import Counter, deque
@@ -17,8 +16,6 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-import sniffio
-import trio.testing
 
 from aiosync import ConnectionPool, PoolEvent
 from aiosync._pool import Loan
@@ -234,19 +231,6 @@ def verified_backend() -> Iterator[Backend]:
     backend = Backend()
     yield backend
     backend.verify()
-
-
-async def settle() -> None:
-    """Wait until every other task is blocked. (Anyio's own takes 0.1 seconds under asyncio.)"""
-    if sniffio.current_async_library() == "trio":
-        await trio.testing.wait_all_tasks_blocked()
-        return
-    me, calm = asyncio.current_task(), 0
-    while calm < 3:
-        await asyncio.sleep(0)
-        others: list[Any] = [task for task in asyncio.all_tasks() if task is not me]
-        waits_for = [task._fut_waiter for task in others]
-        calm = 0 if any(waiter is None or waiter.done() for waiter in waits_for) else calm + 1
 
 
 class Virtual:

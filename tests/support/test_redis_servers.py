@@ -100,6 +100,7 @@ def test_questions(server_program: ServerProgram) -> None:
 # --- the process
 
 
+@pytest.mark.slow
 def test_restart_keeps_or_loses_the_data(persistent: RedisServer) -> None:
     server = persistent
     port, run_id = server.port, server.info("server")["run_id"]
@@ -122,6 +123,7 @@ def test_restart_with_an_old_copy(persistent: RedisServer) -> None:
         assert persistent.command("GET", "x") == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stop", "kill"])
 def test_end(persistent: RedisServer, how: str) -> None:
     with resp.RespClient(persistent.url) as client:
@@ -136,6 +138,7 @@ def test_end(persistent: RedisServer, how: str) -> None:
     assert persistent.command("GET", "x") == b"old"
 
 
+@pytest.mark.slow
 def test_freeze(persistent: RedisServer) -> None:
     with resp.RespClient(persistent.url, timeout=0.1) as client:
         client.command("PING")
@@ -148,6 +151,7 @@ def test_freeze(persistent: RedisServer) -> None:
         wait_until(lambda: persistent.command("GET", "x") == b"older", "the thawed command")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stop", "kill", "close"])
 def test_end_of_a_frozen_server(persistent: RedisServer, how: str) -> None:
     persistent.freeze()
@@ -155,6 +159,7 @@ def test_end_of_a_frozen_server(persistent: RedisServer, how: str) -> None:
     assert not persistent.is_running
 
 
+@pytest.mark.slow
 def test_port_that_is_taken(server_program: ServerProgram, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the choice and the start somebody else may take it."""
     ports = [redis_servers._choose_port(), redis_servers._choose_port()]
@@ -170,6 +175,7 @@ def test_server_that_does_not_start(server_program: ServerProgram) -> None:
         RedisServer(server_program, settings={"maxmemory": "nonsense"})
 
 
+@pytest.mark.slow
 def test_server_survives_the_thread_that_started_it(server_program: ServerProgram) -> None:
     servers: list[RedisServer] = []
     thread = threading.Thread(target=lambda: servers.append(RedisServer(server_program)))
@@ -191,6 +197,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["exit", "kill"])
 def test_no_server_survives_its_process(server_program: ServerProgram, how: str) -> None:
     with subprocess.Popen(
@@ -268,6 +275,7 @@ def test_tls(server_program: ServerProgram) -> None:
         assert resp.command(server.url, "PING") == b"PONG"
 
 
+@pytest.mark.slow
 def test_tls_before_a_server_without_it(server_program: ServerProgram) -> None:
     if find_spec("trustme") is None:
         pytest.skip("trustme is not installed")

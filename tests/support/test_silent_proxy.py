@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(30)
 
 # Seconds in which nothing must arrive.
-SILENCE = 0.05
+SILENCE = 0.03
 
 
 class Line:

@@ -121,15 +121,6 @@ def loops() -> Iterator[Loops]:
         loops.cancel()
 
 
-@pytest.fixture
-def fast_switches() -> Iterator[None]:
-    """Let the threads take turns all the time."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(interval)
-
-
 def waiting(semaphore: Semaphore) -> int:
     return semaphore.statistics().waiting
 
@@ -1306,19 +1297,6 @@ def test_autospec_of_a_view_without_with_has_its_methods(cls: Any) -> None:
 
 
 # --- A clock that stands still, as freezegun and time-machine make it ---
-
-
-@pytest.fixture
-def frozen_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `time.monotonic` stand still, also where a module of aiosync has imported it by name."""
-
-    def monotonic() -> float:
-        return 1000.0
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("aiosync") and hasattr(module, "monotonic"):
-            monkeypatch.setattr(module, "monotonic", monotonic)
-    monkeypatch.setattr(time, "monotonic", monotonic)
 
 
 @both_semaphores

@@ -9,7 +9,6 @@ import inspect
 import math
 import pickle
 import threading
-import time
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -20,8 +19,17 @@ import anyio.lowlevel
 import pytest
 import trio
 import trio.testing
-from anyio import create_task_group, wait_all_tasks_blocked
-from support.helpers import PATIENCE, Indices, InThread, until
+from anyio import create_task_group
+from support.helpers import (
+    PATIENCE,
+    Indices,
+    InThread,
+    join,
+    repeat_until_others_run,
+    settle,
+    until,
+    wait_in_threads,
+)
 
 from aiosync import Barrier, BrokenBarrierError, _barrier, as_threading
 from aiosync._barrier import BarrierStatistics
@@ -80,7 +88,7 @@ async def arrive(tg: Any, *parties: Party) -> None:
     """Let each of `parties` begin to wait, one after the other."""
     for party in parties:
         tg.start_soon(party)
-        await wait_all_tasks_blocked()
+        await settle()
 
 
 async def check_works(barrier: Barrier) -> None:
@@ -132,17 +140,11 @@ class TestRounds:
 
     async def test_a_barrier_of_one_never_waits_but_lets_others_run(self) -> None:
         barrier = Barrier(1)
-        stop = False
 
-        async def other() -> None:
-            nonlocal stop
-            await anyio.lowlevel.checkpoint()
-            stop = True
+        async def wait() -> None:
+            assert await barrier.wait() == 0
 
-        async with create_task_group() as tg:
-            tg.start_soon(other)
-            while not stop:
-                assert await barrier.wait() == 0
+        await repeat_until_others_run(wait)
 
     async def test_the_context_manager_gives_the_index(self) -> None:
         barrier = Barrier(2)
@@ -203,7 +205,7 @@ class TestAction:
 
         async with create_task_group() as tg:
             tg.start_soon(work)
-            await wait_all_tasks_blocked()
+            await settle()
             tg.start_soon(work)
         assert runners == [ids[1]]
 
@@ -295,7 +297,7 @@ class TestAction:
                 with anyio.move_on_after(0.1):
                     await anyio.sleep_forever()
             parties[0].scope.cancel()
-            await wait_all_tasks_blocked()
+            await settle()
             proceed.set()
         assert outcomes(parties) == [CANCELLED, 1, 2]
         assert not barrier.broken
@@ -308,7 +310,7 @@ class TestAction:
         async with create_task_group() as tg:
             await arrive(tg, *parties)
             getattr(barrier, how)()
-            await wait_all_tasks_blocked()
+            await settle()
             assert outcomes(parties) == [BROKEN, CANCELLED]  # the second runs the action still
             assert barrier.broken is (how == "abort")
             proceed.set()
@@ -332,7 +334,7 @@ class TestAction:
             assert runs == [0]  # the second action waits for the end of the first
             assert barrier.n_waiting == 2
             events[0].set()
-            await wait_all_tasks_blocked()
+            await settle()
             assert outcomes(parties[:2]) == [0, 1]
             assert runs == [0, 1]
             events[1].set()
@@ -360,7 +362,7 @@ class TestAction:
         async with create_task_group() as tg:
             await arrive(tg, *parties)
             parties[2].scope.cancel()
-            await wait_all_tasks_blocked()
+            await settle()
             assert parties[2].outcome == CANCELLED
             proceed.set()
         assert outcomes(parties) == [0, 1, CANCELLED]
@@ -603,7 +605,7 @@ class TestStatistics:
                 await anyio.sleep(0.001)
             assert barrier.statistics().tasks_waiting == 2
             parties[1].scope.cancel()
-            await wait_all_tasks_blocked()
+            await settle()
             assert barrier.statistics().tasks_waiting == 1
             proceed.set()
         assert outcomes(parties) == [0, CANCELLED, 2]
@@ -772,7 +774,7 @@ async def test_the_last_to_arrive_goes_on_without_a_checkpoint(parties: int) -> 
     async with create_task_group() as tg:
         for _ in range(parties - 1):
             tg.start_soon(barrier.wait)
-        await wait_all_tasks_blocked()
+        await settle()
         with pytest.raises(StopIteration) as stop:
             barrier.wait().send(None)
         assert stop.value.value == parties - 1
@@ -899,32 +901,6 @@ def test_a_round_that_is_over_leads_to_the_current_one(how: str) -> None:
     barrier.abort()
     assert barrier.broken
     assert new.outcome is not None
-
-
-def wait_in_threads(barrier: Barrier, count: int) -> tuple[list[threading.Thread], list[object]]:
-    """Let `count` threads wait; return them, and what will have come of it."""
-    outcomes: list[object] = []
-
-    def wait() -> None:
-        try:
-            outcomes.append(as_threading(barrier).wait())
-        except BrokenBarrierError:
-            outcomes.append("broken")
-
-    threads = [threading.Thread(target=wait, daemon=True) for _ in range(count)]
-    for number, thread in enumerate(threads):
-        thread.start()
-        deadline = time.monotonic() + 10
-        while barrier.n_waiting <= number:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-    return threads, outcomes
-
-
-def join(threads: list[threading.Thread]) -> None:
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
 
 
 def test_an_error_that_is_kept_keeps_no_later_round() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 from unittest.mock import create_autospec
 
 import pytest
-from anyio import create_task_group, wait_all_tasks_blocked
-from support.helpers import InThread, until
+from anyio import create_task_group
+from support.helpers import InThread, settle, until
 
 import aiosync
 from aiosync import (
@@ -263,7 +263,7 @@ class TestStatistics:
         async with create_task_group() as tasks:
             for _ in range(3):
                 tasks.start_soon(semaphore.acquire)
-            await wait_all_tasks_blocked()
+            await settle()
             statistics = semaphore.statistics()
             assert statistics == SemaphoreStatistics(0, 3, 2)
             assert statistics.waiting == 5
@@ -271,7 +271,7 @@ class TestStatistics:
             assert [thread.result() for thread in threads] == [True, True]
             for _ in range(3):
                 semaphore.release()
-                await wait_all_tasks_blocked()
+                await settle()
         assert semaphore.statistics() == SemaphoreStatistics(0, 0, 0)
 
     def test_they_are_read_only(self) -> None:

@@ -9,7 +9,6 @@ import inspect
 import math
 import pickle
 import random
-import sys
 import threading
 import time
 import weakref
@@ -23,7 +22,16 @@ import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
-from support.helpers import PATIENCE, Aim, InThread, until, until_async, wait_for_moment
+from support.helpers import (
+    PATIENCE,
+    Aim,
+    InThread,
+    helper_threads,
+    settle,
+    until,
+    until_async,
+    wait_for_moment,
+)
 
 import aiosync
 from aiosync import _helper_threads, from_threading
@@ -31,7 +39,6 @@ from aiosync import _helper_threads, from_threading
 pytestmark = pytest.mark.anyio
 
 # The name of all threads that are started here.
-HELPER = "aiosync.from_threading"
 
 NO_PERMIT: list[Any] = [
     pytest.param(lambda: threading.Semaphore(0), id="Semaphore"),
@@ -47,15 +54,11 @@ def taken(owned: Any) -> Any:
     return owned
 
 
-def helpers() -> int:
-    return sum(thread.name == HELPER for thread in threading.enumerate())
-
-
 @pytest.fixture(autouse=True)
 def no_helper_remains() -> Iterator[None]:
     """After each test no thread of ours is left; a test that leaves an event unset sets it."""
     yield
-    until(lambda: not helpers())
+    until(lambda: not helper_threads())
 
 
 class Call:
@@ -168,7 +171,7 @@ def test_outside_of_an_event_loop_nothing_is_taken_and_no_thread_is_started() ->
     barrier = threading.Barrier(2)
     run(from_threading(barrier).wait())
     assert barrier.n_waiting == 0
-    assert helpers() == 0
+    assert helper_threads() == 0
 
 
 # --- Semaphores and locks ---
@@ -192,7 +195,7 @@ class TestAcquire:
         view.release()
         assert await view.acquire(timeout=0) is True
         view.release()
-        assert helpers() == 0
+        assert helper_threads() == 0
         assert_one_permit(owned)
 
     async def test_async_with_takes_it_and_gives_it_back_whatever_happens(
@@ -548,7 +551,7 @@ class TestAcquire:
         loop.close()
         owned.release()
         until(lambda: owned.acquire(blocking=False))
-        until(lambda: not helpers())
+        until(lambda: not helper_threads())
         assert not owned.acquire(blocking=False)
         coroutine.close()
         owned.release()
@@ -631,7 +634,7 @@ def test_no_helper_is_inside_when_a_call_returns_that_was_natively_cancelled_onc
             await asyncio.wait([task])
             assert task.cancelled() or task.result() is False
             assert owned.inside == 0
-            until(lambda: not helpers())
+            until(lambda: not helper_threads())
 
     asyncio.run(main())
 
@@ -771,7 +774,7 @@ def test_a_coroutine_that_is_closed_while_it_waits_for_the_helper_leaves_no_perm
         until(lambda: owned.acquire(blocking=False))
 
     asyncio.run(main())
-    until(lambda: not helpers())
+    until(lambda: not helper_threads())
     assert not owned.acquire(blocking=False)
 
 
@@ -793,7 +796,7 @@ class TestEvent:
         assert await view.wait(timeout=1) is True
         view.clear()
         assert not owned.is_set()
-        assert helpers() == 0
+        assert helper_threads() == 0
 
     @pytest.mark.parametrize("timeout", [None, PATIENCE, math.inf])
     async def test_set_by_a_thread_wakes_all_tasks(self, timeout: float | None) -> None:
@@ -803,9 +806,9 @@ class TestEvent:
         async with anyio.create_task_group() as tg:
             for call in calls:
                 tg.start_soon(call)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             assert not any(call.done for call in calls)
-            assert helpers() == 1
+            assert helper_threads() == 1
             InThread(owned.set).result()
         assert [call.outcome for call in calls] == [True] * 50
 
@@ -816,7 +819,7 @@ class TestEvent:
         async with anyio.create_task_group() as tg:
             for call in calls:
                 tg.start_soon(call)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             # The helper is in the event as well as a thread would be.
             await until_async(lambda: owned._cond._waiters)  # type: ignore[attr-defined]
             owned.set()
@@ -868,7 +871,7 @@ class TestEvent:
         async with anyio.create_task_group() as tg:
             for call in calls:
                 tg.start_soon(call)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             calls[1].scope.cancel()
             await until_async(lambda: calls[1].done)
             assert [call.done for call in calls] == [False, True, False]
@@ -885,7 +888,7 @@ class TestEvent:
         for _ in range(20):
             with anyio.move_on_after(0.001):
                 await view.wait()
-            assert helpers() <= 1
+            assert helper_threads() <= 1
         owned.set()
 
     async def test_a_helper_that_nobody_waits_for_ends_though_the_event_is_never_set(
@@ -895,7 +898,7 @@ class TestEvent:
         owned = threading.Event()
         view = from_threading(owned)
         assert await view.wait(0.05) is False
-        await until_async(lambda: not helpers())
+        await until_async(lambda: not helper_threads())
         assert not owned.is_set()
         call = Call(view.wait)
         async with anyio.create_task_group() as tg:
@@ -913,7 +916,7 @@ class TestEvent:
             anyio.from_thread.start_blocking_portal("trio") as two,
         ):
             futures = [portal.start_task_soon(view.wait) for portal in (one, two) * 3]
-            until(helpers)
+            until(helper_threads)
             view.set()
             assert [future.result(PATIENCE) for future in futures] == [True] * 6
         assert [thread.result() for thread in threads] == [True] * 2
@@ -1042,7 +1045,7 @@ class TestBarrier:
             await view.wait(math.nan)
         with pytest.raises(TypeError, match="timeout must be a number"):
             await view.wait("1")
-        assert (owned.n_waiting, owned.broken, helpers()) == (0, False, 0)
+        assert (owned.n_waiting, owned.broken, helper_threads()) == (0, False, 0)
 
     async def test_the_error_of_an_action_goes_to_who_arrives_last(self) -> None:
         def action() -> None:
@@ -1139,7 +1142,7 @@ class TestBarrier:
         call = Call(view.wait)
         async with anyio.create_task_group() as tg:
             tg.start_soon(call)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             call.scope.cancel()
             await until_async(lambda: owned.broken)
             assert isinstance(other.result(), threading.BrokenBarrierError)
@@ -1195,7 +1198,7 @@ class TestBarrier:
                 await arrive(tg, owned, call)
                 # Without a chance for the loop to tell the task.
                 assert owned.wait(PATIENCE) == 1
-                until(lambda: not helpers())
+                until(lambda: not helper_threads())
                 call.scope.cancel()
             assert call.cancelled
             assert not owned.broken
@@ -1218,9 +1221,9 @@ class TestBarrier:
             coroutine = from_threading(owned).wait()
             coroutine.send(None)
             assert owned.wait(PATIENCE) == 1
-            until(lambda: not helpers())
+            until(lambda: not helper_threads())
             coroutine.close()
-            until(lambda: not helpers())
+            until(lambda: not helper_threads())
             assert not owned.broken
 
         asyncio.run(main())
@@ -1234,7 +1237,7 @@ class TestBarrier:
         until(lambda: owned.n_waiting == 1)
         loop.close()
         assert owned.wait(PATIENCE) == 1
-        until(lambda: not helpers())
+        until(lambda: not helper_threads())
         coroutine.close()
         assert not owned.broken
         task._log_destroy_pending = False
@@ -1431,19 +1434,6 @@ async def test_autospec_of_a_view_can_be_awaited(cls: Any) -> None:
 # --- A clock that stands still, as freezegun and time-machine make it ---
 
 
-@pytest.fixture
-def frozen_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `time.monotonic` stand still, also where a module of aiosync has imported it by name."""
-
-    def monotonic() -> float:
-        return 1000.0
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("aiosync") and hasattr(module, "monotonic"):
-            monkeypatch.setattr(module, "monotonic", monotonic)
-    monkeypatch.setattr(time, "monotonic", monotonic)
-
-
 async def spin(condition: Callable[[], object]) -> None:
     """Let the event loop run until `condition` is true; a frozen event loop cannot sleep."""
     end = time.perf_counter() + PATIENCE
@@ -1480,7 +1470,7 @@ class TestFrozenClock:
             tg.start_soon(call)
             await spin(lambda: line(view) == 1)
             call.scope.cancel()
-            await spin(lambda: call.done and not helpers())
+            await spin(lambda: call.done and not helper_threads())
         assert call.cancelled
 
     async def test_an_event_wakes_tasks(self, frozen_clock: None) -> None:
@@ -1488,7 +1478,7 @@ class TestFrozenClock:
         call = Call(lambda: from_threading(owned).wait(PATIENCE))
         async with anyio.create_task_group() as tg:
             tg.start_soon(call)
-            await spin(helpers)
+            await spin(helper_threads)
             owned.set()
             await spin(lambda: call.done)
         assert call.outcome is True

@@ -22,11 +22,11 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from anyio import create_task_group, wait_all_tasks_blocked
+from anyio import create_task_group
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from support.helpers import LONG
+from support.helpers import LONG, settle
 
 from aiosync import (
     Semaphore,
@@ -762,10 +762,10 @@ async def test_who_waits_until_a_deadline_gets_the_default_then_or_the_item_befo
     async with create_task_group() as tg:
         for deadline in (1.0, 2.0):
             tg.start_soon(wait, deadline)
-            await wait_all_tasks_blocked()
+            await settle()
         assert queue.expire(0.0) == 1.0
         assert queue.expire(1.0) == 2.0
-        await wait_all_tasks_blocked()
+        await settle()
         assert results == ["default"]
         queue.put("item")
     assert results == ["default", "item"]

@@ -11,18 +11,12 @@ from typing import Any
 
 import anyio
 import pytest
-from anyio import create_task_group, wait_all_tasks_blocked
-from support.helpers import PATIENCE, until_async
+from anyio import create_task_group
+from support.helpers import PATIENCE, helper_threads, settle, until_async
 
 from aiosync import _helper_threads, from_threading
 
 pytestmark = pytest.mark.anyio
-
-HELPER = "aiosync.from_threading"
-
-
-def helpers() -> int:
-    return sum(thread.name == HELPER for thread in threading.enumerate())
 
 
 async def test_what_a_foreign_object_raises_is_raised_by_those_who_wait_for_it() -> None:
@@ -43,7 +37,7 @@ async def test_what_a_foreign_object_raises_is_raised_by_those_who_wait_for_it()
     semaphore.broken = False
     semaphore.release()
     assert await view.acquire() is True
-    await until_async(lambda: helpers() == 0)
+    await until_async(lambda: helper_threads() == 0)
 
 
 async def test_a_helper_that_can_not_be_started_is_an_error_and_no_hang(
@@ -77,7 +71,7 @@ async def test_an_event_that_is_set_for_an_instant_lets_all_go_who_wait() -> Non
     async with create_task_group() as group:
         for _ in range(5):
             group.start_soon(wait)
-        await wait_all_tasks_blocked()
+        await settle()
         # The helper waits inside the event: only then has anybody waited for it at all.
         await until_async(lambda: event._cond._waiters)  # type: ignore[attr-defined]
         event.set()
@@ -92,7 +86,7 @@ async def test_a_wait_for_an_event_that_ends_leaves_no_trace() -> None:
     for _ in range(20):
         assert await view.wait(0.001) is False
     assert not view._poller._clients
-    await until_async(lambda: helpers() == 0)
+    await until_async(lambda: helper_threads() == 0)
     event.set()
     assert await view.wait() is True
 
@@ -112,7 +106,7 @@ async def test_a_long_action_of_a_barrier_does_not_freeze_the_loop_of_a_cancelle
         with anyio.CancelScope(shield=True):
             await anyio.sleep(0.01)  # the loop goes on
             proceed.set()
-    await until_async(lambda: helpers() == 0)
+    await until_async(lambda: helper_threads() == 0)
 
 
 def test_a_coroutine_closed_after_its_party_has_passed_does_not_break_the_next_round() -> None:
@@ -125,7 +119,7 @@ def test_a_coroutine_closed_after_its_party_has_passed_does_not_break_the_next_r
     asyncio.run(main())
     barrier.wait(PATIENCE)
     deadline = time.monotonic() + PATIENCE
-    while helpers():
+    while helper_threads():
         assert time.monotonic() < deadline
         time.sleep(0.001)
     coroutine.close()
@@ -142,7 +136,7 @@ def test_a_coroutine_closed_before_its_party_has_passed_aborts_the_barrier() -> 
     asyncio.run(main())
     coroutine.close()
     deadline = time.monotonic() + PATIENCE
-    while helpers():
+    while helper_threads():
         assert time.monotonic() < deadline
         time.sleep(0.001)
     assert barrier.broken
@@ -152,7 +146,7 @@ def test_a_coroutine_closed_before_its_party_has_passed_aborts_the_barrier() -> 
 async def test_for_ever_is_not_the_timeout_of_the_barrier(timeout: float) -> None:
     barrier = threading.Barrier(2, timeout=0.01)
     view = from_threading(barrier)
-    with anyio.move_on_after(0.1) as scope:
+    with anyio.move_on_after(0.05) as scope:  # five times that of the barrier
         await view.wait(timeout)
     assert scope.cancelled_caught
     assert barrier.broken  # by the cancellation
@@ -185,10 +179,10 @@ def test_the_helper_goes_when_the_loop_of_all_who_wait_has_closed() -> None:
         coroutine.send(None)
 
     loop.run_until_complete(main())
-    assert helpers() == 1
+    assert helper_threads() == 1
     loop.close()
     deadline = time.monotonic() + PATIENCE
-    while helpers():
+    while helper_threads():
         assert time.monotonic() < deadline
         time.sleep(0.001)
     semaphore.release()

@@ -13,7 +13,8 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from anyio import WouldBlock, create_task_group, wait_all_tasks_blocked
+from anyio import WouldBlock, create_task_group
+from support.helpers import repeat_until_others_run, settle
 
 from aiosync import (
     BoundedSemaphore,
@@ -82,7 +83,7 @@ class TestResults:
 
         async with create_task_group() as tg:
             tg.start_soon(wait)
-            await wait_all_tasks_blocked()
+            await settle()
             assert results == [True]
             semaphore.release()
         assert results == [True, True]
@@ -155,7 +156,7 @@ class TestResults:
 
         async with create_task_group() as tg:
             tg.start_soon(wait)
-            await wait_all_tasks_blocked()
+            await settle()
             semaphore.release()
         assert results == [True]
         semaphore.release()
@@ -172,9 +173,9 @@ class TestResults:
         async with create_task_group() as tg:
             for number in range(4):
                 tg.start_soon(wait, number)
-                await wait_all_tasks_blocked()
+                await settle()
             semaphore.release(3)
-            await wait_all_tasks_blocked()
+            await settle()
             assert sorted(served) == [0, 1, 2]  # trio runs those who are ready in any order
             semaphore.release(4)
         assert sorted(served) == [0, 1, 2, 3]
@@ -189,7 +190,7 @@ class TestResults:
         assert (semaphore.value, semaphore.locked()) == (0, True)
         async with create_task_group() as tg:
             tg.start_soon(semaphore.acquire)
-            await wait_all_tasks_blocked()
+            await settle()
             assert semaphore.statistics().tasks_waiting == 1
             assert "value=0 waiters=1" in repr(semaphore)
             semaphore.release()
@@ -211,7 +212,7 @@ class TestOrder:
         async with create_task_group() as tg:
             for number in range(20):
                 tg.start_soon(wait, number)
-                await wait_all_tasks_blocked()
+                await settle()
             semaphore.release()
         assert served == list(range(20))
 
@@ -227,7 +228,7 @@ class TestOrder:
 
         async with create_task_group() as tg:
             tg.start_soon(wait)
-            await wait_all_tasks_blocked()
+            await settle()
             # Handed over: neither of these finds it, although the waiter has not run yet.
             semaphore.release()
             with pytest.raises(WouldBlock):
@@ -251,7 +252,7 @@ class TestOrder:
         async with create_task_group() as tg:
             for number in range(3):
                 tg.start_soon(work, number)
-                await wait_all_tasks_blocked()
+                await settle()
             semaphore.release()
         assert turns == [0, 1, 2] * 3
 
@@ -262,32 +263,20 @@ class TestCheckpoints:
         self, kind: Kind, how: dict[str, Any]
     ) -> None:
         semaphore = kind(1)
-        stop = False
 
-        async def other() -> None:
-            nonlocal stop
-            await anyio.lowlevel.checkpoint()
-            stop = True
+        async def acquire_and_release() -> None:
+            if await semaphore.acquire(**how):
+                semaphore.release()
 
-        async with create_task_group() as tg:
-            tg.start_soon(other)
-            while not stop:
-                if await semaphore.acquire(**how):
-                    semaphore.release()
+        await repeat_until_others_run(acquire_and_release)
 
     async def test_a_vain_try_lets_others_run_too(self, kind: Kind) -> None:
         semaphore = kind(0)
-        stop = False
 
-        async def other() -> None:
-            nonlocal stop
-            await anyio.lowlevel.checkpoint()
-            stop = True
+        async def acquire() -> None:
+            assert await semaphore.acquire(blocking=False) is False
 
-        async with create_task_group() as tg:
-            tg.start_soon(other)
-            while not stop:
-                assert await semaphore.acquire(blocking=False) is False
+        await repeat_until_others_run(acquire)
 
     @pytest.mark.parametrize("how", [{}, {"blocking": False}, {"timeout": 0}])
     async def test_fast_acquire_does_not_yield(self, kind: Kind, how: dict[str, Any]) -> None:
@@ -374,7 +363,7 @@ class TestCancellation:
         await semaphore.acquire()
         async with create_task_group() as tg:
             tg.start_soon(semaphore.acquire, True, timeout)
-            await wait_all_tasks_blocked()
+            await settle()
             assert semaphore.statistics().tasks_waiting == 1
             tg.cancel_scope.cancel()
         assert semaphore.statistics().tasks_waiting == 0
@@ -396,10 +385,10 @@ class TestCancellation:
         async with create_task_group() as tg:
             for number in range(7):
                 tg.start_soon(wait, number)
-                await wait_all_tasks_blocked()
+                await settle()
             for number in (3, 0, 6, 4):
                 scopes[number].cancel()
-            await wait_all_tasks_blocked()
+            await settle()
             assert semaphore.statistics().tasks_waiting == 3
             semaphore.release()
         assert served == [1, 2, 5]
@@ -413,7 +402,7 @@ class TestCancellation:
         await semaphore.acquire()
         async with create_task_group() as tg:
             tg.start_soon(semaphore.acquire, True, timeout)
-            await wait_all_tasks_blocked()
+            await settle()
             tg.cancel_scope.cancel()
             semaphore.release()
             semaphore.acquire_nowait()  # in the same step: it was free, not given to the dead
@@ -434,7 +423,7 @@ class TestCancellation:
         async with create_task_group() as tg:
             for name, scope in (("first", first), ("second", second)):
                 tg.start_soon(wait, name, scope)
-                await wait_all_tasks_blocked()
+                await settle()
             first.cancel()
             semaphore.release()
         assert served == ["second"]
@@ -454,7 +443,7 @@ class TestCancellation:
 
         async with create_task_group() as tg:
             tg.start_soon(wait)
-            await wait_all_tasks_blocked()
+            await settle()
             semaphore.release()
             tg.cancel_scope.cancel()
         assert len(acquired) + free(semaphore) == 1
@@ -479,7 +468,7 @@ class TestCancellation:
 
         async with create_task_group() as tg:
             tg.start_soon(wait)
-            await wait_all_tasks_blocked()
+            await settle()
             tg.cancel_scope.cancel()
             semaphore.release()
         assert acquired == [True]
@@ -515,7 +504,7 @@ class TestBounded:
         await semaphore.acquire()
         async with create_task_group() as tg:
             tg.start_soon(semaphore.acquire)
-            await wait_all_tasks_blocked()
+            await settle()
             semaphore.release()
         semaphore.release()
         with pytest.raises(ValueError, match="released too often"):
@@ -583,7 +572,7 @@ class TestManyPermits:
         async with create_task_group() as tg:
             for _ in range(600):
                 tg.start_soon(semaphore.acquire)
-            await wait_all_tasks_blocked()
+            await settle()
             semaphore.release(1000)
         assert semaphore.value == 400
         assert semaphore.statistics().tasks_waiting == 0
@@ -692,7 +681,7 @@ class TestPermitsThatAreFreeWhileSomebodyWhoWasGrantedOneIsYetToRun:
 
         async with create_task_group() as tg:
             tg.start_soon(wait)
-            await wait_all_tasks_blocked()
+            await settle()
             semaphore.release(2)
             assert semaphore.value == 1
             for _ in range(3):  # trio runs the two in any order
@@ -705,7 +694,7 @@ class TestPermitsThatAreFreeWhileSomebodyWhoWasGrantedOneIsYetToRun:
     ) -> None:
         async with create_task_group() as tg:
             tg.start_soon(semaphore.acquire)
-            await wait_all_tasks_blocked()
+            await settle()
             semaphore.release(2)
             with anyio.CancelScope() as scope:
                 scope.cancel()
@@ -719,7 +708,7 @@ class TestPermitsThatAreFreeWhileSomebodyWhoWasGrantedOneIsYetToRun:
     ) -> None:
         async with create_task_group() as tg:
             tg.start_soon(semaphore.acquire)
-            await wait_all_tasks_blocked()
+            await settle()
             semaphore.release(_MAX_COPIES + 10 if many else 2)
             if many:  # so that what is left is all in reserve
                 for _ in range(_MAX_COPIES - 1):
@@ -741,10 +730,10 @@ async def test_acquire_does_not_take_what_a_waiter_is_about_to_get(kind: Kind) -
 
     async with create_task_group() as tg:
         tg.start_soon(wait, "waiter")
-        await wait_all_tasks_blocked()
+        await settle()
         semaphore._queue.items.append(True)  # another thread has begun to release
         tg.start_soon(wait, "newcomer")
-        await wait_all_tasks_blocked()
+        await settle()
         semaphore._queue.dispatch()  # and goes on
     assert served == ["waiter", "newcomer"]
 
@@ -760,13 +749,13 @@ async def test_acquire_waits_if_what_was_free_is_gone_when_it_comes_to_take_it(k
             return True
 
     async def release_later() -> None:
-        await wait_all_tasks_blocked()
+        await settle()
         semaphore._items = semaphore._queue.items
         semaphore.release()
 
     async with create_task_group() as tg:
         tg.start_soon(semaphore.acquire)
-        await wait_all_tasks_blocked()
+        await settle()
         tg.start_soon(release_later)
         semaphore.release()  # who has waited is granted it, but does not run before this one waits
         semaphore._items = Gone()
@@ -781,7 +770,7 @@ async def test_it_is_locked_for_others_while_a_waiter_is_about_to_get_what_is_fr
     await semaphore.acquire()
     async with create_task_group() as tg:
         tg.start_soon(semaphore.acquire)
-        await wait_all_tasks_blocked()
+        await settle()
         semaphore._queue.items.append(True)
         assert semaphore.locked()
         semaphore._queue.dispatch()

@@ -173,6 +173,21 @@ class Group:
         for process in [*self.processes, *self.processes]:
             process.talk()
 
+    def let_arrive(self, *processes: Process) -> None:
+        """Let a party of each of `processes` arrive, one after the other."""
+        for process in processes:
+            process.wait()
+            process.talk()
+
+    def begin_action(self) -> tuple[Party, Party]:
+        """Let a party of the first process arrive, then one of the second, which acts."""
+        first, second = self.processes
+        other = first.wait()
+        first.talk()
+        actor = second.wait(action=True)
+        second.talk()
+        return other, actor
+
 
 @pytest.fixture
 def group(redis_server: RedisServer) -> Iterator[Any]:
@@ -244,11 +259,7 @@ def test_what_became_of_an_arrival_is_unknown_after_two_more_rounds(group: Any) 
     b.talk()
     party = a.wait()
     a.call()  # passes
-    for _ in range(2):
-        b.wait()
-        b.talk()
-        c.wait()
-        c.talk()
+    all_.let_arrive(b, c, b, c)
     a.lose_connection()
     a.talk()
     assert isinstance(outcome(party), BackendUnavailable)
@@ -262,11 +273,8 @@ def test_a_first_arrival_is_not_doubled_after_its_lease(group: Any) -> None:
     party = a.wait()
     a.call()  # the first of this process; the reply is lost
     a.arrivals.disconnect()
-    for _ in range(2):  # `party` passes with b's, and then its round is no longer the last
-        b.wait()
-        b.talk()
-        c.wait()
-        c.talk()
+    # `party` passes with that of `b`; then its round is no longer the last.
+    all_.let_arrive(b, c, b, c)
     b.talk()
     a.expire(all_.server)
     a.now += LEASE
@@ -287,11 +295,7 @@ def test_an_arrival_that_is_lost_twice_is_not_taken_for_a_new_one(group: Any) ->
     b.talk()
     party = a.wait()
     a.call()  # passes
-    for _ in range(2):
-        b.wait()
-        b.talk()
-        c.wait()
-        c.talk()
+    all_.let_arrive(b, c, b, c)
     a.lose_connection()
     a.arrivals._round = all_.server.command("HGET", a.arrivals.keys[0], "round").decode()
     a.arrivals.disconnect()
@@ -332,10 +336,7 @@ def test_the_end_of_an_action_that_is_lost_or_its_reply(
 ) -> None:
     all_ = group(2, 2)
     a, b = all_.processes
-    other = a.wait()
-    a.talk()
-    actor = b.wait(action=True)
-    b.talk()
+    other, actor = all_.begin_action()
     assert outcome(actor) == Passed(1, acts=True)
     b.end_action(actor, failed=failed)
     if reached:
@@ -369,11 +370,8 @@ def test_the_order_to_act_comes_after_a_new_connection(group: Any) -> None:
 
 def test_an_action_that_is_done_counts_though_its_owner_is_cancelled_then(group: Any) -> None:
     all_ = group(2, 2)
-    a, b = all_.processes
-    other = a.wait()
-    a.talk()
-    actor = b.wait(action=True)
-    b.talk()
+    _, b = all_.processes
+    other, actor = all_.begin_action()
     b.end_action(actor)
     b.lose_call()
     b.cancel(actor)
@@ -386,11 +384,8 @@ def test_an_action_that_is_done_counts_though_its_owner_is_cancelled_then(group:
 @pytest.mark.parametrize("connected", [True, False])
 def test_the_owner_of_an_action_that_is_done_gives_up(group: Any, connected: bool) -> None:
     all_ = group(2, 2)
-    a, b = all_.processes
-    other = a.wait()
-    a.talk()
-    actor = b.wait(action=True)
-    b.talk()
+    _, b = all_.processes
+    other, actor = all_.begin_action()
     if not connected:
         b.arrivals.disconnect()
     b.end_action(actor)
@@ -542,9 +537,8 @@ def test_the_message_comes_before_the_reply_to_an_arrival_that_is_out_of_time(gr
     party = a.wait()
     call = a.call()
     a.time_out(party)
-    for process in (b, b, c):  # its own round, and another, so that it is not the last any more
-        process.wait()
-        process.talk()
+    # Its own round passes, then another, so that it is no longer the last.
+    all_.let_arrive(b, b, c)
     a.hear()
     a.take(call)
     a.talk()
@@ -558,9 +552,7 @@ def test_out_of_time_while_the_arrival_is_on_its_way_and_two_rounds_end(group: A
     party = a.wait()
     call = a.call()
     a.time_out(party)
-    for process in (b, b, c):
-        process.wait()
-        process.talk()
+    all_.let_arrive(b, b, c)
     a.take(call)
     a.take(a.call())  # the messages are seen only after this
     a.talk()
@@ -646,13 +638,9 @@ def test_an_older_state_comes_back_while_nobody_waits(group: Any) -> None:
     """Rounds have numbers that were used before. Nobody must pass by what is known of those."""
     all_ = group(2, 2)
     a, b = all_.processes
-    for process in (a, b):
-        process.wait()
-        process.talk()
+    all_.let_arrive(a, b)
     old = save(all_.server, a.arrivals.keys)
-    for process in (a, b) * 3:
-        process.wait()
-        process.talk()
+    all_.let_arrive(*(a, b) * 3)
     all_.talk()
     restore(all_.server, old)
     for process in (a, b):
@@ -675,9 +663,7 @@ def test_an_older_state_comes_back_and_goes_on_before_a_party_asks(group: Any) -
     b.wait()
     b.talk()
     old = save(all_.server, a.arrivals.keys)
-    for process in (a, b) * 3:
-        process.wait()
-        process.talk()
+    all_.let_arrive(*(a, b) * 3)
     all_.talk()
     party = c.wait()  # in a round that the restored state does not know
     c.talk()
@@ -685,9 +671,7 @@ def test_an_older_state_comes_back_and_goes_on_before_a_party_asks(group: Any) -
     a.run = b.run = c.run = "run 2"
     a.lose_connection()
     b.lose_connection()
-    for process in (a, b) * 5:
-        process.wait()
-        process.talk()
+    all_.let_arrive(*(a, b) * 5)
     c.lose_connection()
     c.messages()
     c.talk()
@@ -744,10 +728,7 @@ def test_the_server_forgets_all_while_the_connection_holds(group: Any) -> None:
 def test_the_server_forgets_all_while_the_action_runs(group: Any) -> None:
     all_ = group(2, 2)
     a, b = all_.processes
-    other = a.wait()
-    a.talk()
-    actor = b.wait(action=True)
-    b.talk()
+    other, actor = all_.begin_action()
     all_.server.command("DEL", *a.arrivals.keys)
     b.end_action(actor)
     b.talk()
@@ -846,23 +827,13 @@ def test_cancelled_at_the_moment_of_the_order_to_act(group: Any) -> None:
     assert b.arrivals.is_idle
 
 
-def test_the_first_outcome_of_a_ticket_stays() -> None:
-    ticket = Ticket(ThreadWaiter())
-    assert ticket.settle("first")
-    assert not ticket.settle("second")
-    assert ticket.outcome == "first"
-
-
 # --- the end of a session, and refusals
 
 
 def test_the_session_ends_while_the_action_runs(group: Any) -> None:
     all_ = group(2, 2)
     a, b = all_.processes
-    other = a.wait()
-    a.talk()
-    actor = b.wait(action=True)
-    b.talk()
+    other, actor = all_.begin_action()
     b.arrivals.close(BackendUnavailable("closed"))
     b.talk()
     a.hear()
@@ -876,10 +847,7 @@ def test_the_session_ends_between_the_order_to_act_and_the_action(group: Any) ->
     """The owner acts on what it was told first."""
     all_ = group(2, 2)
     a, b = all_.processes
-    other = a.wait()
-    a.talk()
-    actor = b.wait(action=True)
-    b.talk()
+    other, actor = all_.begin_action()
     b.arrivals.close(BackendUnavailable("closed"))
     assert outcome(actor) == Passed(1, acts=True)
     b.talk()

@@ -379,6 +379,7 @@ async def test_abort_and_reset(redis_server: RedisServer) -> None:
         assert await all_done(*parties) == ["aborted", "aborted"]
         assert (a.broken, b.broken) == (True, True)
         a.abort()  # again: nothing more
+        await all_.flush()  # or else it may reach the server after the reset of the other
         with pytest.raises(BrokenBarrierError, match=r"aborted.*reset\(\)"):
             await b.wait()
         b.reset()

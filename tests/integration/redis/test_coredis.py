@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.redis, pytest.mark.timeout(60)]
 
 _numbers = itertools.count()
 # Seconds until a silent connection counts as one that stays silent.
-SILENCE = 0.1
+SILENCE = 0.05
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def key() -> str:
 
 
 @pytest.fixture(scope="module")
-def own_server(server_program: ServerProgram) -> Iterator[RedisServer]:
+def freezable_server(server_program: ServerProgram) -> Iterator[RedisServer]:
     """A server that a test may freeze."""
     with RedisServer(server_program) as server:
         yield server
@@ -123,17 +123,19 @@ async def test_no_retry_policy_does_not(
     assert redis_server.command("GET", key) == b"1"
 
 
-async def test_command_that_is_cancelled_under_way_runs(own_server: RedisServer, key: str) -> None:
-    async with new_client(own_server.url) as client:
+async def test_command_that_is_cancelled_under_way_runs(
+    freezable_server: RedisServer, key: str
+) -> None:
+    async with new_client(freezable_server.url) as client:
         await client.ping()
-        own_server.freeze()
+        freezable_server.freeze()
         try:
             with anyio.move_on_after(SILENCE) as scope:
                 await client.incr(key)
             assert scope.cancelled_caught
         finally:
-            own_server.thaw()
-        await until_async(lambda: own_server.command("GET", key) == b"1")
+            freezable_server.thaw()
+        await until_async(lambda: freezable_server.command("GET", key) == b"1")
 
 
 async def test_request_that_is_never_awaited_runs(redis_server: RedisServer, key: str) -> None:

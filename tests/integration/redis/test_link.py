@@ -31,7 +31,7 @@ from aiosync.redis._link import LinkLost, root_cause
 from aiosync.redis._server import Server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from aiosync.redis._link import Client, Link
 
@@ -497,18 +497,30 @@ async def test_the_documented_rights_are_enough(server_program: ServerProgram) -
 ENTRY = ["+info", "+script|load", "+client|reply", "+subscribe"]
 
 
-@pytest.mark.parametrize("missing", [*ENTRY, "+evalsha", "+time", "+zadd"])
-async def test_a_right_that_is_missing(server_program: ServerProgram, missing: str) -> None:
-    rules = " ".join(rule for rule in documented_rules().split() if rule != missing)
-    assert rules != documented_rules()
-    with RedisServer(server_program, users={"ann": f"on >pw {rules}"}) as server:
-        url = server.url_of("ann", "pw")
-        # Redis 7.0 does not say which command of a script it is.
-        named = missing[1:].partition("|")[0] if missing in ENTRY else ""
-        with pytest.raises(PermissionError, match=f"(?i){named}"):
-            async with Redis(url, restart_gate=False) as redis:
-                assert missing not in ENTRY
-                await redis.semaphore("a").acquire()
+NEEDED = [*ENTRY, "+evalsha", "+time", "+zadd"]
+
+
+@pytest.fixture(scope="module")
+def restricted_server(server_program: ServerProgram) -> Iterator[RedisServer]:
+    """Return a server with a user for each right in `NEEDED` who has all the other rights."""
+    users: dict[str, str] = {}
+    for number, missing in enumerate(NEEDED):
+        rules = documented_rules().split()
+        rules.remove(missing)
+        users[f"user{number}"] = f"on >pw {' '.join(rules)}"
+    with RedisServer(server_program, users=users) as server:
+        yield server
+
+
+@pytest.mark.parametrize("missing", NEEDED)
+async def test_a_right_that_is_missing(restricted_server: RedisServer, missing: str) -> None:
+    url = restricted_server.url_of(f"user{NEEDED.index(missing)}", "pw")
+    # Redis 7.0 does not say which command of a script it is.
+    named = missing[1:].partition("|")[0] if missing in ENTRY else ""
+    with pytest.raises(PermissionError, match=f"(?i){named}"):
+        async with Redis(url, restart_gate=False) as redis:
+            assert missing not in ENTRY
+            await redis.semaphore("a").acquire()
 
 
 async def test_a_right_that_no_caller_misses(

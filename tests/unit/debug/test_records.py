@@ -19,7 +19,7 @@ import anyio
 import pytest
 import trio
 from anyio import WouldBlock, create_task_group
-from support.helpers import InThread, until, until_async
+from support.helpers import InThread, settle, until, until_async
 
 from aiosync import (
     Barrier,
@@ -81,7 +81,7 @@ class TestSemaphores:
         async with create_task_group() as tasks, semaphore:
             here = line() - 1
             tasks.start_soon(use, name="second")
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             (holder,) = debug.holders(semaphore)
             assert holder.kind == "task"
             assert holder.loop == f"{anyio_backend_name} in MainThread"
@@ -129,7 +129,7 @@ class TestSemaphores:
         await semaphore.acquire()
         async with create_task_group() as tasks:
             tasks.start_soon(semaphore.acquire)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             assert len(waiting(semaphore)) == 1
             tasks.cancel_scope.cancel()
         assert waiting(semaphore) == []
@@ -198,7 +198,7 @@ class TestSemaphores:
         semaphore = Semaphore(2)
         async with create_task_group() as tasks:
             tasks.start_soon(semaphore.acquire, name="first")
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             tasks.start_soon(semaphore.acquire, name="second")
         semaphore.release()
         # Permits are all alike, so the oldest holder is taken for the one.
@@ -276,8 +276,9 @@ class TestSemaphores:
 
 
 class TestInterrupts:
+    @pytest.mark.parametrize("blocking", [True, False])
     def test_ctrl_c_just_after_a_permit_was_taken_gives_it_back(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, monkeypatch: pytest.MonkeyPatch, blocking: bool
     ) -> None:
         semaphore = Semaphore()
         record: Any = record_of(semaphore)
@@ -287,7 +288,7 @@ class TestInterrupts:
 
         monkeypatch.setattr(record, "hold", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            as_threading(semaphore).acquire()
+            as_threading(semaphore).acquire(blocking=blocking)
         assert semaphore.value == 1
         assert waiting(semaphore) == []
 
@@ -325,18 +326,6 @@ class TestInterrupts:
         assert semaphore.value == 1
         assert "hold_began of Semaphore 'mail'" in caplog.text
 
-    def test_without_a_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        semaphore = Semaphore()
-        record: Any = record_of(semaphore)
-
-        def interrupt(*_: object, **__: object) -> None:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(record, "hold", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            as_threading(semaphore).acquire(blocking=False)
-        assert semaphore.value == 1
-
 
 class TestBarriers:
     async def test_parties(self) -> None:
@@ -349,7 +338,7 @@ class TestBarriers:
 
         async with create_task_group() as tasks:
             tasks.start_soon(barrier.wait, 20, name="one")
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             other = InThread(view.wait)
             await until_async(lambda: len(waiting(barrier)) == 2)
             one, two = debug.waiters(view)
@@ -368,7 +357,7 @@ class TestBarriers:
                     await barrier.wait()
 
             tasks.start_soon(wait)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             assert len(waiting(barrier)) == 1
             barrier.abort()
         assert waiting(barrier) == []
@@ -382,7 +371,7 @@ class TestBarriers:
         barrier = Barrier(2, timeout=20)
         async with create_task_group() as tasks:
             tasks.start_soon(barrier.wait)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             assert debug.waiters(barrier)[0].timeout == 20
             await barrier.wait()
 
@@ -673,7 +662,7 @@ class TestCallers:
 
         async def main() -> None:
             trio.lowlevel.current_trio_token().run_sync_soon(semaphore.acquire_nowait)
-            await anyio.wait_all_tasks_blocked()
+            await settle()
 
         trio.run(main)
         assert debug.holders(semaphore)[0].function in {"", "main"}

@@ -10,7 +10,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from anyio import create_task_group
-from support.helpers import PATIENCE, InThread
+from support.helpers import PATIENCE, InThread, settle
 from support.pool_stubs import (
     Backend,
     ClosableConnection,
@@ -18,7 +18,6 @@ from support.pool_stubs import (
     give_back,
     is_borrowed,
     nothing,
-    settle,
     take,
     use,
 )
@@ -60,7 +59,7 @@ class TestBlocks:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(enter)
                 tasks.start_soon(enter)
-                await anyio.wait_all_tasks_blocked()
+                await settle()
                 assert outcomes == [
                     "this has borrowed a connection already; call connection() again"
                 ]

@@ -14,7 +14,8 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from anyio import CancelScope, WouldBlock, create_task_group
-from support.helpers import PATIENCE, InThread, run_python, until
+from support.forking import run_forking
+from support.helpers import PATIENCE, InThread, run_python, settle, until
 from support.pool_stubs import (
     Backend,
     Connection,
@@ -22,7 +23,6 @@ from support.pool_stubs import (
     is_borrowed,
     never,
     nothing,
-    settle,
     some,
     take,
     use,
@@ -563,7 +563,7 @@ import asyncio, gc, os, sys
 import anyio, trio
 from aiosync import ConnectionPool, PoolClosed
 
-parent = os.getpid()
+parent_pid = os.getpid()
 calls = []
 
 class Connection:
@@ -571,7 +571,7 @@ class Connection:
         calls.append("connect")
 
     def __del__(self):
-        if os.getpid() != parent:
+        if os.getpid() != parent_pid:
             calls.append("del")
 
 async def close(connection):
@@ -617,35 +617,9 @@ async def child():
     await pool.__aexit__(None, None, None)
     assert calls in ([], ["connect"]), calls  # that was under way
 
-def fork():
-    if os.fork():
-        assert os.wait()[1] == 0, "the child has failed"
-        return False
-    return True
-
-def leave():
-    sys.stderr.flush()
-    os._exit(0)
-
-async def run_trio():
-    await prepare()
-    if fork():
-        await child()
-        leave()
+async def parent():
     await pool.__aexit__(None, None, None)
-
-if sys.argv[1] == "trio":
-    trio.run(run_trio)
-else:
-    loop = asyncio.new_event_loop()
-    loop.run_until_complete(prepare())
-    if fork():
-        loop.run_until_complete(child())
-        leave()
-    loop.run_until_complete(pool.__aexit__(None, None, None))
-    loop.close()
-assert "close" in calls, calls
-print("the end")
+    assert "close" in calls, calls
 """
 
 
@@ -654,7 +628,7 @@ print("the end")
 def test_a_child_process_that_runs_the_inherited_loop_leaves_them_alone_too(
     loop_name: str,
 ) -> None:
-    done = run_python("-c", FORK_AND_GO_ON, loop_name)
+    done = run_forking(FORK_AND_GO_ON, loop_name)
     assert done.stdout == "the end\n", done.stderr
     assert done.returncode == 0
 

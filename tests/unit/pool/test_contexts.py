@@ -11,7 +11,7 @@ from typing import Any, Self
 import anyio
 import anyio.abc
 import pytest
-from support.helpers import PATIENCE, until_async
+from support.helpers import PATIENCE, settle, until_async
 
 from aiosync import ConnectionPool, PoolEvent, PoolTimeout
 
@@ -64,7 +64,7 @@ async def ended(session: Session) -> None:
     """Wait until the pool has noticed that `session` has ended."""
     while session.is_open:
         await anyio.sleep(0)
-    await anyio.wait_all_tasks_blocked()
+    await settle()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from anyio import create_task_group
-from support.helpers import PATIENCE
+from support.helpers import PATIENCE, settle
 from support.pool_stubs import (
     Backend,
     BareConnection,
@@ -18,7 +18,6 @@ from support.pool_stubs import (
     give_back,
     kinds,
     lose_one,
-    settle,
     take,
 )
 

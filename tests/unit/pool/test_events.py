@@ -10,6 +10,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from anyio import create_task_group
+from support.helpers import settle
 from support.pool_stubs import (
     Backend,
     Connection,
@@ -20,7 +21,6 @@ from support.pool_stubs import (
     kinds,
     messages,
     nothing,
-    settle,
     take_and_keep,
     use,
 )

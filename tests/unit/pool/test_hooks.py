@@ -12,7 +12,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from anyio import WouldBlock, create_task_group
-from support.helpers import PATIENCE
+from support.helpers import PATIENCE, settle
 from support.pool_stubs import (
     Backend,
     BareConnection,
@@ -20,7 +20,6 @@ from support.pool_stubs import (
     Pool,
     kinds,
     nothing,
-    settle,
 )
 
 from aiosync import (

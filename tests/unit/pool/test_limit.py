@@ -19,7 +19,8 @@ import anyio
 import anyio.lowlevel
 import pytest
 from support import pool_process
-from support.helpers import PATIENCE, run_python, until, until_async
+from support.forking import run_forking
+from support.helpers import PATIENCE, settle, until, until_async
 from support.pool_process import LEASE, LIMIT
 from support.pool_stubs import (
     Backend,
@@ -30,7 +31,6 @@ from support.pool_stubs import (
     give_back,
     lose_one,
     never,
-    settle,
     some,
     take,
 )
@@ -1046,35 +1046,6 @@ async def parent():
     gate.set()
     await pool.close()
     assert given_back == [os.getpid()] * 4, given_back
-
-def fork():
-    if os.fork():
-        assert os.wait()[1] == 0, "the child has failed"
-        return False
-    return True
-
-def leave():
-    sys.stderr.flush()
-    os._exit(0)
-
-async def run_trio():
-    await prepare()
-    if fork():
-        await child()
-        leave()
-    await parent()
-
-if sys.argv[1] == "trio":
-    trio.run(run_trio)
-else:
-    loop = asyncio.new_event_loop()
-    loop.run_until_complete(prepare())
-    if fork():
-        loop.run_until_complete(child())
-        leave()
-    loop.run_until_complete(parent())
-    loop.close()
-print("the end")
 """
 
 
@@ -1082,7 +1053,7 @@ print("the end")
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork on Windows")
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
 def test_after_a_fork_the_child_gives_nothing_back(loop: str) -> None:
-    done = run_python("-c", FORK, loop)
+    done = run_forking(FORK, loop)
     assert done.stdout == "the end\n", done.stderr
     assert done.returncode == 0
     assert done.stderr == ""

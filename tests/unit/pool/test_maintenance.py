@@ -17,7 +17,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from anyio import CancelScope, WouldBlock, create_task_group
-from support.helpers import PATIENCE
+from support.helpers import PATIENCE, settle
 from support.pool_stubs import (
     Backend,
     ClosableConnection,
@@ -32,7 +32,6 @@ from support.pool_stubs import (
     kinds,
     messages,
     nothing,
-    settle,
     some,
     take,
     use,
@@ -139,16 +138,16 @@ class TestMaintenance:
             await pool.wait()
             async with pool.connection():
                 pass  # for an async reset, the first deadline is taken note of
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             looks.clear()
             for _ in range(10):
                 async with pool.connection():
                     pass
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             assert not looks
             assert len(resets) == 11
             await pool.drain()
-            await anyio.wait_all_tasks_blocked()
+            await settle()
             assert looks
 
     async def test_an_error_that_can_not_be_shown_is_named(self) -> None:

@@ -21,7 +21,7 @@ import anyio.to_thread
 import pytest
 import sniffio
 from anyio import CancelScope, WouldBlock, create_task_group
-from support.helpers import PATIENCE
+from support.helpers import PATIENCE, settle
 from support.pool_stubs import (
     Backend,
     Connection,
@@ -29,7 +29,6 @@ from support.pool_stubs import (
     give_back,
     kinds,
     nothing,
-    settle,
     some,
     take,
 )

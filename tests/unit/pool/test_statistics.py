@@ -11,12 +11,12 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from anyio import create_task_group
+from support.helpers import settle
 from support.pool_stubs import (
     Backend,
     Connection,
     Virtual,
     give_back,
-    settle,
     some,
     take,
     take_and_keep,

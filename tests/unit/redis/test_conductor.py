@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Generic, TypeVar, cast
 
 import pytest
+from support.helpers import settle
 
 from aiosync._park import ThreadWaiter, run_in_thread, task_waiter
 from aiosync.redis import BackendUnavailable
@@ -186,6 +187,7 @@ def test_a_ticket_is_decided_once() -> None:
     assert ticket.settle(5)
     assert not ticket.settle(6)
     assert not ticket.withdraw()
+    assert ticket.outcome == 5
     assert ticket.decided
 
 
@@ -255,15 +257,15 @@ class Interrupted:
 async def test_a_task_waits_for_several_tickets_that_are_settled_meanwhile() -> None:
     tickets = [Ticket(task_waiter()) for _ in range(3)]
 
-    def settle() -> None:
+    def settle_all() -> None:
         for ticket in reversed(tickets):
             ticket.settle("done")
 
     import anyio
 
     async def settle_later() -> None:
-        await anyio.wait_all_tasks_blocked()
-        settle()
+        await settle()
+        settle_all()
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(settle_later)
