@@ -112,7 +112,7 @@ async def test_waiting_and_holding(path: Path) -> None:
         async with create_task_group() as tasks, semaphore:
             tasks.start_soon(work, name="worker")
             await until_async(lambda: debug.waiters(semaphore))
-            await anyio.sleep(0.001)
+            await anyio.sleep(0.01)  # uvloop may end it a millisecond early
         thread = threading.Thread(target=as_threading(semaphore).acquire, name="T")
         thread.start()
         await until_async(lambda: not thread.is_alive())
