@@ -305,6 +305,17 @@ class TestAsyncpg:
                 assert await same.fetchval("SELECT current_user") == "tenant"
                 assert await same.fetchval("SHOW my.reset") == "yes"
 
+    async def test_one_that_its_borrower_has_terminated_is_replaced_because_it_is_closed(
+        self, server: PostgresServer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        need("asyncpg")
+        async with make_asyncpg(server, "terminates", max_size=1) as pool:
+            async with pool.connection() as connection:
+                connection.terminate()
+            async with pool.connection() as other:
+                assert other is not connection
+        assert ["connection is closed" in record.message for record in caplog.records] == [True]
+
     async def test_a_reset_of_a_class_of_the_caller_is_called(self, server: PostgresServer) -> None:
         asyncpg = pytest.importorskip("asyncpg")
         base: Any = asyncpg.Connection

@@ -22,6 +22,7 @@ from .._park import (
     checkpoint,
     current_token,
     ki_protected,
+    loop_clock,
     task_waiter,
     thread_waiter,
     token_getter,
@@ -259,12 +260,11 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
             raise RuntimeError(f"{self.name} is open already")
         if self._why_closed is not _NEW:
             self._begin_again()
-        self._maintenance.begin()
-        self._clock = self._maintenance.core.clock
-        self._home = self._maintenance.home
-        self._where = where
+        self._clock, self._home, self._where = loop_clock(), current_token(), where
         self._why_closed = _CLOSED
         _open_pools.add(self)
+        # Last: with an eager task factory, it calls hooks, which may use the pool.
+        self._maintenance.begin()
 
     def _begin_again(self) -> None:
         """Leave behind what remains of the time before the pool was closed, or its loop ended."""

@@ -62,7 +62,8 @@ class TrackedConnection(asyncpg.Connection):  # type: ignore[misc]
         private attributes tell; if a version of asyncpg has others, ``reset`` runs.
         """
         has_more_to_undo = (
-            getattr(self, "_top_xact", self) is not None
+            self.is_closed()  # `reset` says so
+            or getattr(self, "_top_xact", self) is not None
             or getattr(self, "_listeners", True)
             or getattr(self, "_log_listeners", True)
             or self.is_in_transaction()
