@@ -204,7 +204,7 @@ def draw_speed(page: str) -> str:
 
     body = [
         text(16, 24, "Time that others take, divided by the time of aiosync"),
-        text(16, 44, f"asyncio on CPython {python[1]}; right of 1, aiosync is faster", "small"),
+        text(16, 44, f"CPython {python[1]}, under asyncio and in threads; right of 1, aiosync is faster", "small"),
     ]
     y = float(top)
     work = ""
@@ -213,6 +213,8 @@ def draw_speed(page: str) -> str:
             work = figure.work
             y += 14
             title = f"barrier, {work}" if work.endswith("parties") else work
+            if figure.peer.startswith("threading") and "threads" not in work:
+                title = f"{work}, in a thread"
             body.append(text(16, y + step - 4, title))
             y += step
         y += step
