@@ -204,7 +204,7 @@ def draw_speed(page: str) -> str:
 
     body = [
         text(16, 24, "Time that others take, divided by the time of aiosync"),
-        text(16, 44, f"CPython {python[1]}, under asyncio and in threads; right of 1, aiosync is faster", "small"),
+        text(16, 44, f"CPython {python[1]}; right of 1, aiosync is faster", "small"),
     ]
     y = float(top)
     work = ""
