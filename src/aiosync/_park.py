@@ -427,8 +427,10 @@ def is_abandoned(waiter: Waiter) -> bool:
 
 
 def _wake(future: Future[Any]) -> None:
-    if not future.done():
+    try:  # one step: a signal handler could cancel the task between a look and this
         future.set_result(None)
+    except InvalidStateError:
+        pass  # already over
 
 
 def loop_clock() -> Callable[[], float]:

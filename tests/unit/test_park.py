@@ -985,3 +985,31 @@ def test_between_two_steps_of_trio_no_task_is_running() -> None:
     trio.run(main, instruments=[Look()])
     assert found
     assert set(found) == {None}
+
+
+def test_a_task_that_is_cancelled_by_a_signal_handler_as_it_is_woken_is_only_cancelled() -> None:
+    complaints: list[Any] = []
+
+    class Interrupted(asyncio.Future[Any]):
+        """A signal handler runs whenever somebody looks whether it is over."""
+
+        def done(self) -> bool:
+            was_over = super().done()
+            self.cancel()
+            return was_over
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        waiter = Interrupted()
+        loop.call_soon(waiter.cancel)
+        assert _park.wake(waiter)
+        assert _park.wake(waiter)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        interrupted = Interrupted()
+        loop.call_soon(_park._wake, interrupted)
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert complaints == []
