@@ -757,7 +757,7 @@ async def test_acquire_waits_if_what_was_free_is_gone_when_it_comes_to_take_it(k
         tg.start_soon(semaphore.acquire)
         await settle()
         tg.start_soon(release_later)
-        semaphore.release()  # who has waited is granted it, but does not run before this one waits
+        semaphore.release()  # the waiter is granted it, but does not run before this one waits
         semaphore._items = Gone()
         assert await semaphore.acquire() is True
 

@@ -74,7 +74,7 @@ _lock = RLock()
 
 
 def observe(shared: Any, listener: Listener, *, names_callers: bool = True) -> Record:
-    """Have `listener` told of all who wait for an object or hold it, from now on.
+    """Tell `listener` of all waiters and holders of an object, from now on.
 
     If it is told already, nothing changes.
 

@@ -62,7 +62,7 @@ class _Nobody:
     name = "unknown"
 
 
-# The caller in records that nobody reads callers from: to find out who calls takes time.
+# The caller in records that nobody reads callers from: finding the caller takes time.
 UNKNOWN = Caller(_Nobody(), "thread")
 
 _known: WeakKeyDictionary[object, Caller] = WeakKeyDictionary()

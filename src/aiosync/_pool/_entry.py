@@ -106,7 +106,7 @@ class PoolEntry(Generic[T]):
     scope: ShieldedScope | None = None
     # How long that reset may still go on, since it has been cancelled.
     grace_until: float = FOREVER
-    # Who borrowed it, if the pool looks for leaks; and whether this loan has been reported.
+    # The borrower, if the pool looks for leaks, and whether this loan has been reported.
     stack: list[CallSite] = field(default_factory=list)
     borrower: str = ""
     reported: bool = False
@@ -122,7 +122,7 @@ class PoolEntry(Generic[T]):
         """Have it closed as soon as nobody has it."""
         if self.expires != IMMEDIATELY:
             self.retired = reason
-            # In this order: whoever gives it back meanwhile, in another thread, writes
+            # In this order: a caller that gives it back meanwhile, in another thread, writes
             # `fresh_until` first and looks at `expires` afterwards.
             self.expires = IMMEDIATELY
             self.fresh_until = IMMEDIATELY
@@ -139,7 +139,7 @@ class PoolEntry(Generic[T]):
         return found
 
     def trace(self) -> str:
-        """Return who borrowed it, as in a traceback."""
+        """Return the stack of the borrower, as in a traceback."""
         return "\n".join(
             f'  File "{file}", line {line}, in {function}' for file, line, function in self.stack
         )

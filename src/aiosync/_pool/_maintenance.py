@@ -40,7 +40,7 @@ _inherited: list[object] = []
 class Maintenance(Generic[T]):
     """The background of a pool, from when it is opened until it is closed.
 
-    :param closed: returns the error for those who come when the pool is closed
+    :param closed: returns the error for callers that come when the pool is closed
     """
 
     def __init__(

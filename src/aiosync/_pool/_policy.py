@@ -39,7 +39,7 @@ class Snapshot:
     # their way to a waiter.
     idle: Sequence[PoolEntry[Any]] = ()
     attempts: Sequence[PoolEntry[Any]] = ()
-    # How many callers wait; at least 1 if somebody was turned away who would have liked one.
+    # How many callers wait; at least 1 if a caller that does not wait found no connection.
     waiting: int = 0
     backoff: Backoff = field(default_factory=Backoff)
     # How long it takes to connect, in seconds.

@@ -182,7 +182,7 @@ def info(inventory: Inventory[Any], entry: PoolEntry[Any], now: float) -> Connec
 
 
 def borrowers(inventory: Inventory[Any], now: float) -> str:
-    """Return who has borrowed connections and for how long, the longest first, if it is known."""
+    """Return the known borrowers and for how many seconds they borrow, the longest first."""
     known = [entry for entry in inventory.borrowed() if entry.stack]
     known.sort(key=lambda entry: entry.taken)
     found = [

@@ -33,7 +33,8 @@ _FAILED = object()
 class Validation(Generic[T]):
     """Resets and checks connections, and makes them available. On the event loop of the pool."""
 
-    __slots__ = ("_begun", "_closing", "_core", "_record", "_scopes")
+    # The first two are for `aiosync.debug`.
+    __slots__ = ("_begun", "_closing", "_core", "_record")
 
     def __init__(self, core: Core[T], closing: Closing[T]) -> None:
         self._core = core

@@ -8,7 +8,7 @@ logs it when somebody is blocked for long. `record` writes a timeline for Perfet
 Objects that are created while debugging is disabled are as fast as if this module did not exist.
 
 The logger ``aiosync.debug`` reports callers that are blocked for long as warnings, and timeouts,
-with those who hold what was waited for, as information.
+with the holders of what was waited for, as information.
 """
 
 from __future__ import annotations

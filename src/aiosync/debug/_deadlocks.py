@@ -109,7 +109,7 @@ class _Search:
         return len(self._behind(seen)) < seen.missing
 
     def _behind(self, seen: Seen) -> set[Caller]:
-        """Return those who are stuck elsewhere because of those who wait at a barrier."""
+        """Return the callers that are blocked elsewhere by the parties that wait at a barrier."""
         arrived = {wait.caller for wait in seen.waits}
         behind: set[Caller] = set()
         while True:

@@ -1,4 +1,4 @@
-"""The report: text for a human who looks for the culprit."""
+"""The report: text for a person that looks for the cause."""
 
 from __future__ import annotations
 

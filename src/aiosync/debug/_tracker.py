@@ -56,7 +56,7 @@ class Tracker:
             recorder.wait_began(wait)
 
     def wait_ended(self, wait: Wait, outcome: Outcome) -> None:
-        """Log a timeout, with those who hold what was waited for."""
+        """Log a timeout, with the holders of what was waited for."""
         for recorder in self.recorders:
             recorder.wait_ended(wait, outcome)
         if outcome == "timeout" and log.isEnabledFor(logging.INFO):
@@ -103,7 +103,7 @@ class Tracker:
                 log.exception("the watchdog has failed")
 
     def look(self, threshold: float) -> None:
-        """Report those who are blocked for longer than `threshold` seconds, each once."""
+        """Report each caller that is blocked for longer than `threshold` seconds, once."""
         since: float = real_clock() - threshold
         waits = [wait for record in list(self.records) for wait in list(record.waits)]
         late = [wait for wait in waits if wait.since <= since and not wait.reported]

@@ -11,7 +11,7 @@ The options are those of `ConnectionPool`. These differ:
   that of the recipe, which closes the connection whatever the caller's raises.
 - `is_closed` and `is_fatal` of the caller are asked if those of the recipe return False, and
   `commit` of the caller runs before that of the recipe.
-- `configure` must not leave a transaction open; if it does, all who wait get `PoolMisuse` at once.
+- `configure` must not leave a transaction open; if it does, all waiters get `PoolMisuse` at once.
   What it has set is there for every borrower. The same error tells of a driver under the wrong
   event loop, and of arguments that the driver refuses.
 - Where the docstring names credentials, they may be functions, plain or async, which are called for

@@ -119,7 +119,7 @@ async def test_barriers(redis: Redis) -> None:
 
 
 async def test_a_deadlock(redis: Redis) -> None:
-    """All permits of all processes are held by those who wait."""
+    """The tasks that wait hold all permits of all processes."""
     semaphore = redis.semaphore(new_name())
 
     async def use() -> None:

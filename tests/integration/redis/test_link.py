@@ -502,7 +502,7 @@ NEEDED = [*ENTRY, "+evalsha", "+time", "+zadd"]
 
 @pytest.fixture(scope="module")
 def restricted_server(server_program: ServerProgram) -> Iterator[RedisServer]:
-    """Return a server with a user for each right in `NEEDED` who has all the other rights."""
+    """Return a server with a user for each right in `NEEDED`; the user has all other rights."""
     users: dict[str, str] = {}
     for number, missing in enumerate(NEEDED):
         rules = documented_rules().split()

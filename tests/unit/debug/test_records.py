@@ -1,4 +1,4 @@
-"""Who holds an object and who waits for it, told by `holders` and `waiters`."""
+"""The holders and waiters of an object, as `holders` and `waiters` return them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ConnectionPool under every event loop: who gets a connection, what becomes of it, and when.
+"""ConnectionPool under every event loop: the order of borrowers, and the life of a connection.
 
 The connections are stubs, and their backend notes what is opened and closed. At the end of each
 test everything that was opened must have been closed, once. Where time matters it is virtual: it
@@ -92,7 +92,7 @@ class TestBorrowing:
                     pool.acquire_nowait() if nowait else await pool.acquire(0) for _ in range(2)
                 ]
                 give_back(pool, taken)
-                # Idle, and not to be had without a check by anybody who has the time.
+                # Idle, and checked before a caller that may wait gets it.
                 await settle()
             assert checked == []
             assert pool.get_stats()["requests_errors"] == 0
