@@ -512,6 +512,8 @@ def start_background_task(
 
 def loop_ended(token: object) -> bool:
     """Return whether the event loop of `token` will never run a task again."""
+    if isinstance(token, AbstractEventLoop):
+        return token.is_closed()  # without waking it: after a fork it is the parent's
     return not run_soon(token, bool)  # `bool` does nothing
 
 
