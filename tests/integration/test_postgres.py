@@ -288,7 +288,8 @@ async def test_an_idle_connection_that_the_server_has_closed_is_seen_by_nobody(
 async def test_a_check_by_psycopg_leaves_no_trace(
     driver: Driver, server: PostgresServer, observer: Observer, autocommit: bool
 ) -> None:
-    pool = driver.make(server, "trace", min_size=1, check_idle=0, kwargs={"autocommit": autocommit})
+    options: dict[str, Any] = {"min_size": 1, "max_size": 1, "check_idle": 0}
+    pool = driver.make(server, "trace", **options, kwargs={"autocommit": autocommit})
     async with opened(observer, pool):
         await pool.wait(DEADLINE)
         async with pool.connection() as connection:

@@ -1013,3 +1013,15 @@ def test_a_task_that_is_cancelled_by_a_signal_handler_as_it_is_woken_is_only_can
 
     asyncio.run(main())
     assert complaints == []
+
+
+def test_to_ask_whether_an_event_loop_has_ended_does_not_wake_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = asyncio.new_event_loop()
+    woken: list[object] = []
+    monkeypatch.setattr(loop, "call_soon_threadsafe", woken.append)
+    assert not _park.loop_ended(loop)
+    loop.close()
+    assert _park.loop_ended(loop)
+    assert woken == []

@@ -20,11 +20,13 @@ from .._callers import call_site
 from .._errors import PoolMisuse
 from . import _postgres
 from ._arguments import check_text, copied, provide_text
+from ._hooks import combine
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from .._callers import CallSite
+    from .._pool import PoolOptions
     from ._arguments import Arguments, Provided
 
 C = TypeVar("C", bound="AnyConnection")
@@ -132,6 +134,19 @@ class Recipe(ABC, Generic[C]):
         self._warned: set[CallSite] = set()
         self.snapshots: WeakKeyDictionary[C, Snapshot] = WeakKeyDictionary()
 
+    def add_hooks(self, options: PoolOptions[C]) -> None:
+        """Add the hooks of the recipe to those that the caller has given."""
+        options["configure"] = self.configure
+        combine(
+            options,
+            check=self.check,
+            reset=self.reset,
+            commit=self.commit,
+            close=self.close,
+            is_closed=is_closed,
+            is_fatal=is_fatal,
+        )
+
     async def provide_conninfo(self) -> str:
         """Return the connection string for the next connect."""
         return await provide_text("conninfo", self._conninfo) or ""
@@ -169,8 +184,20 @@ class Recipe(ABC, Generic[C]):
             )  # fmt: skip
 
     @abstractmethod
+    def configure(self, connection: C) -> Awaitable[None]: ...
+
+    @abstractmethod
+    def check(self, connection: C) -> Awaitable[None]: ...
+
+    @abstractmethod
+    def commit(self, connection: C) -> object: ...
+
+    @abstractmethod
     def restore(self, connection: C) -> Awaitable[None]:
         """Undo all that a borrower did."""
+
+    @abstractmethod
+    def close(self, connection: C) -> Awaitable[None]: ...
 
 
 def has_work_left(connection: AnyConnection) -> bool:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from .._pool import ConnectionPool
 from ._arguments import import_driver
 from ._blocking import BlockingPool
-from ._hooks import combine
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -60,19 +59,9 @@ def psycopg_async_pool(
     """
     import_driver("psycopg")
     from ._psycopg_async import AsyncRecipe
-    from ._psycopg_session import is_closed, is_fatal
 
     recipe = AsyncRecipe(conninfo, kwargs, reset_session, options.get("configure"))
-    options["configure"] = recipe.configure
-    combine(
-        options,
-        check=recipe.check,
-        reset=recipe.reset,
-        commit=recipe.commit,
-        close=recipe.close,
-        is_closed=is_closed,
-        is_fatal=is_fatal,
-    )
+    recipe.add_hooks(options)
     pool: ConnectionPool[psycopg.AsyncConnection[Any]] = ConnectionPool(recipe.connect, **options)
     recipe.pool_name = pool.name
     return pool
@@ -107,20 +96,10 @@ def psycopg_thread_pool(
     :raises ValueError: see `ConnectionPool`
     """
     import_driver("psycopg")
-    from ._psycopg_session import is_closed, is_fatal
     from ._psycopg_threads import ThreadRecipe
 
     recipe = ThreadRecipe(conninfo, kwargs, reset_session, options.get("configure"))
-    options["configure"] = recipe.configure
-    combine(
-        options,
-        check=recipe.check,
-        reset=recipe.reset,
-        commit=recipe.commit,
-        close=recipe.close,
-        is_closed=is_closed,
-        is_fatal=is_fatal,
-    )
+    recipe.add_hooks(options)
     pool: BlockingPool[psycopg.Connection[Any]] = BlockingPool(
         recipe.connect, interrupt=recipe.interrupt, finish=recipe.commit_here, **options
     )
