@@ -15,8 +15,8 @@ import anyio
 
 from aiosync.redis import DistributedSemaphore, Redis
 
+from ..capacity import BEATS, Costs, Load, predict
 from ..loops import crowd, run
-from ..simulation import BEATS, Costs, Load, predict
 from ._redis_locks import ours
 from ._redis_server import memory_of_clients, new_name, scripts_run, server, used_memory
 

@@ -9,19 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmarks.simulation import (
-    BUSY,
-    MEASURED,
-    SCENARIOS,
-    Costs,
-    Load,
-    limit,
-    line,
-    main,
-    predict,
-    simulate,
-    table,
-)
+from benchmarks.capacity import BUSY, MEASURED, Costs, Load, limit, predict, simulate
+from benchmarks.simulation import SCENARIOS, line, main, table
 
 ROOT = Path(__file__).resolve().parents[2]
 COSTS = Costs(
