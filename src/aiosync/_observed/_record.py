@@ -77,7 +77,7 @@ class Wait:
 
 
 class Hold:
-    """A permit or connection that somebody has."""
+    """A permit or connection that is held."""
 
     __slots__ = ("caller", "is_kept", "item", "record", "scoped", "since", "site")
 

@@ -162,7 +162,7 @@ class ObservedBarrier(BarrierBase):
         while round is not None:
             outcome = round.outcome
             if isinstance(outcome, _Broken):
-                # Nobody notices the reset of a barrier at which nobody waits.
+                # The reset of a barrier without waiting parties has no effect.
                 is_unused = outcome.reason == "reset" and outcome.missing == self.parties
                 claim = object()
                 if not is_unused and round.decided.setdefault("told", claim) is claim:

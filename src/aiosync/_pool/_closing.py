@@ -37,7 +37,7 @@ class Closing(Generic[T]):
     def discard(
         self, entry: PoolEntry[T], reason: CloseReason, error: BaseException | None = None
     ) -> None:
-        """Close a connection that nobody has."""
+        """Close a connection that is not in use."""
         entry.enter(State.CLOSING, self._core.clock())
         if reason == "reset":
             self._core.statistics.count("failed_resets")

@@ -98,7 +98,7 @@ class PoolEntry(Generic[T]):
     samples: list[float] = field(default_factory=list)
     # The permit that it has from the option `limit`.
     permit: ConnectionPermit | None = None
-    # Why it is closed, and the error that made it useless. One that nobody closes was collected.
+    # Why it is closed, and the error that made it useless. One that the pool did not close was collected.
     end: tuple[CloseReason, BaseException | None] = "collected", None
     # If it is an async context manager: tells its task to leave it.
     leave: Event | None = None
@@ -119,7 +119,7 @@ class PoolEntry(Generic[T]):
         self.since = now
 
     def retire(self, reason: CloseReason) -> None:
-        """Have it closed as soon as nobody has it."""
+        """Have it closed as soon as it is not in use."""
         if self.expires != IMMEDIATELY:
             self.retired = reason
             # In this order: a caller that gives it back meanwhile, in another thread, writes

@@ -28,7 +28,7 @@ _idle_since = attrgetter("idle_since")
 
 
 class Disposition(Enum):
-    """What to do with a connection that nobody has."""
+    """What to do with a connection that is not in use."""
 
     HAND_OUT = "hand out"
     RESET = "reset"
@@ -76,7 +76,7 @@ class Inventory(HandoffQueue[Union[PoolEntry[T], Failure]], Generic[T]):
         self.has_capacity = False
 
     def disposition(self, entry: PoolEntry[T], now: float) -> Disposition:
-        """Decide what is to be done with an entry that nobody has.
+        """Decide what is to be done with an entry that is not in use.
 
         `ConnectionPool.acquire`, `ConnectionPool.release`, `Validation._finish_return` and `pick`
         contain the test for HAND_OUT: on the hot path, see docs/performance.md.
@@ -114,7 +114,7 @@ class Inventory(HandoffQueue[Union[PoolEntry[T], Failure]], Generic[T]):
 
     @ki_protected
     def hand_over(self, entry: PoolEntry[T]) -> None:
-        """Have maintenance decide about an entry that nobody has; see `Validation.settle`."""
+        """Have maintenance decide about an entry that is not in use; see `Validation.settle`."""
         self.jobs.post(entry)
 
     @ki_protected
@@ -133,7 +133,7 @@ class Inventory(HandoffQueue[Union[PoolEntry[T], Failure]], Generic[T]):
 
     @ki_protected
     def check_in(self, entry: PoolEntry[T], now: float) -> None:
-        """Make an entry available that is open, reset and in nobody's hands, or hand it over."""
+        """Make an entry available that is open, reset and not in use, or hand it over."""
         todo = self.disposition(entry, now)
         if todo is Disposition.HAND_OUT:
             self.put(entry)

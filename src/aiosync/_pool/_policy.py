@@ -35,7 +35,7 @@ class Snapshot:
     options: Options
     # All connections that are not closed, and the attempts to connect, oldest first.
     entries: Sequence[PoolEntry[Any]] = ()
-    # The idle ones that nobody takes, the one that was used last at the end. Other idle ones are on
+    # The available ones, the one that was used last at the end. Other idle ones are on
     # their way to a waiter.
     idle: Sequence[PoolEntry[Any]] = ()
     attempts: Sequence[PoolEntry[Any]] = ()
@@ -169,7 +169,7 @@ def _soon(s: Snapshot, p: Plan, now: float) -> int:
 
 
 def _validate(s: Snapshot, p: Plan, now: float) -> None:
-    """Check stale connections that somebody waits for, and those that need a keepalive."""
+    """Check stale connections if callers wait, and those that need a keepalive."""
     wanted = s.waiting - _soon(s, p, now)
     closing = {entry for entry, _ in p.close}
     for entry in reversed(s.idle) if s.options.lifo else s.idle:
@@ -265,7 +265,7 @@ def _to_renew(s: Snapshot, p: Plan, now: float) -> list[PoolEntry[Any]]:
         if begin > now:
             p.look(begin)
         elif is_spare:
-            p.look(max((now + ends) / 2, now + _GRAIN))  # somebody may borrow it meanwhile
+            p.look(max((now + ends) / 2, now + _GRAIN))  # it may be borrowed meanwhile
         else:
             due.append((ends, entry))
     return [entry for _, entry in sorted(due, key=lambda pair: pair[0])]

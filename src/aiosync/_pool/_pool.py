@@ -325,7 +325,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         return PoolClosed(f"{self.name} {self._why_closed}")
 
     def _check_open(self) -> None:
-        """Complain if nobody may use the pool, or nobody on this event loop."""
+        """Raise an error if the pool is closed, or belongs to another event loop."""
         if self._inventory.closed is not None:
             raise self._not_open()
         if self._where() is not self._home:
@@ -519,7 +519,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         raise error
 
     def _check_loop(self) -> None:
-        """Check that a thread is served by somebody.
+        """Check that the event loop of the pool can still serve a thread.
 
         :raises PoolClosed: if the event loop of the pool has ended
         """
@@ -575,8 +575,8 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         May be called from anywhere: any task, any thread, a signal handler, a finalizer. Never
         blocks, and can't be cancelled; an async `reset` runs later, in the background. After the
         pool has closed this connection by force it does nothing. If the caller has given it back
-        before, and somebody else has borrowed it since, it is taken from that one: a `Checkout`
-        knows better.
+        before, and another one has borrowed it since, it is taken from the latter; use
+        `Checkout.release`, which does nothing then.
 
         :raises ValueError: if it is not borrowed: from another pool, or given back before
         :raises PoolClosed: if it was borrowed before a fork, by the parent process
@@ -699,7 +699,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
         self.release(connection)
 
     def _refuse(self, connection: T) -> None:
-        """Complain that `connection` is not borrowed, unless that does not matter."""
+        """Raise an error because `connection` is not borrowed, unless it was closed by force."""
         if self._why_closed is _FORKED:
             raise self._not_open()
         if self._inventory.reclaimed.pop(id(connection), None) is None:

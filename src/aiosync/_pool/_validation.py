@@ -63,7 +63,7 @@ class Validation(Generic[T]):
             self._closing.discard(entry, "check", ConnectionError("the connection is closed"))
 
     def settle(self, entry: PoolEntry[T]) -> None:
-        """Do with an entry that nobody has what has to be done."""
+        """Reset, close or make available an entry that is not in use."""
         if entry.state in _CLOSED:
             return  # it took too long to come here
         now = self._core.clock()

@@ -3,7 +3,7 @@
 `enable`, or ``AIOSYNC_DEBUG=1`` in the environment, makes all objects that are created afterwards
 keep a record of their holders and waiters: tasks and threads, since when, and the line that asked.
 `report` shows it as text and names deadlocks, `dump_on` prints that on a signal, and a watchdog
-logs it when somebody is blocked for long. `record` writes a timeline for Perfetto.
+logs it when a caller is blocked for long. `record` writes a timeline for Perfetto.
 
 Objects that are created while debugging is disabled are as fast as if this module did not exist.
 
@@ -58,7 +58,7 @@ def enable(*, watchdog: float | None = 30.0) -> None:
 
     May be called from anywhere.
 
-    :param watchdog: how many seconds somebody may be blocked before a report is logged, once for
+    :param watchdog: how many seconds a caller may be blocked before a report is logged, once for
         each; None: never
     :raises TypeError: if `watchdog` is not a number
     :raises ValueError: if `watchdog` is 0 or less, or NaN

@@ -27,7 +27,7 @@ def render(records: Iterable[Record], now: float, limit: int) -> str:
     records = list(records)
     situation = see(records)
     used = [seen for seen in situation if seen.holds or seen.waits]
-    # Where somebody waits for longest comes first.
+    # The object with the longest wait comes first.
     used.sort(key=lambda seen: min((wait.since for wait in seen.waits), default=now))
     deadlocks = find_deadlocks(situation)
     if deadlocks:

@@ -36,7 +36,7 @@ class Tracker:
         self.records: Records = Records()
         # What else is told of all changes.
         self.recorders: tuple[Recorder, ...] = ()
-        # How many seconds somebody may be blocked; None: there is no watchdog.
+        # How many seconds a caller may be blocked; None: there is no watchdog.
         self.threshold: float | None = None
         self._stop = threading.Event()
 

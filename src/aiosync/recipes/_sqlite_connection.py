@@ -80,7 +80,7 @@ class Session:
         return cursor
 
     def live_cursors(self) -> list[Any]:
-        """Return the cursors that somebody still has."""
+        """Return the cursors that are still referenced."""
         found = [reference() for reference in self.cursors]
         return [cursor for cursor in found if cursor is not None]
 

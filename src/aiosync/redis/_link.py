@@ -102,7 +102,7 @@ class Link:
             )
         self.run = info["run_id"]
         # The difference of two whole seconds: it may be almost a second more than is true, and a
-        # gate that opens too early would grant a permit that somebody still holds.
+        # gate that opens too early would grant a permit that is still held.
         self._uptime = max(0.0, float(info["uptime_in_seconds"]) - 1)
         self._told_at = current_time()
         self.policy = info.get("maxmemory_policy", "noeviction")

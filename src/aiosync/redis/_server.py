@@ -123,7 +123,7 @@ class Server:
             self.link.close()
             self.link = None
             # A server may accept connections and refuse all scripts, since it cannot write. But a
-            # link on which nobody has asked for longer than a call takes was not in vain.
+            # link that was idle for longer than a call takes was not in vain.
             if self.is_useful or clock() - self._linked_at > 2 * self._timeout:
                 self.down_since = clock()
         self.error = cause
