@@ -98,7 +98,7 @@ class PoolEntry(Generic[T]):
     samples: list[float] = field(default_factory=list)
     # The permit that it has from the option `limit`.
     permit: ConnectionPermit | None = None
-    # Why it is closed, and the error that made it useless. One that the pool did not close was collected.
+    # Why it is closed, and the error that made it useless. Without a close it was collected.
     end: tuple[CloseReason, BaseException | None] = "collected", None
     # If it is an async context manager: tells its task to leave it.
     leave: Event | None = None
