@@ -325,7 +325,8 @@ class TestAPoolAfterAnOutage:
                         pool.discard(connection)
                     await anyio.sleep(30)
                     assert served == []
-                    assert pool.get_stats()["pool_size"] == 0
+                    # By chance, an attempt may be under way just now.
+                    assert pool.get_stats()["pool_size"] == server.connecting
                     assert pool.get_stats()["returns_bad"] == 2
                     server.state = "up"
                 assert sorted(served) == [0, 1, 2, 3]
