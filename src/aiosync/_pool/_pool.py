@@ -631,6 +631,7 @@ class ConnectionPool(NeedsAsyncWith, NotCopied, Generic[T]):
     def _end_loan(self, entry: PoolEntry[T]) -> None:
         """Take note of the end of a loan."""
         self._statistics.flush(entry)
+        entry.stack = []  # an idle connection needs no memory for it
         if self._options.loan_events:
             core = self._maintenance.core
             core.post(lambda: core.emit("released", entry))

@@ -183,12 +183,14 @@ def info(inventory: Inventory[Any], entry: PoolEntry[Any], now: float) -> Connec
 
 def borrowers(inventory: Inventory[Any], now: float) -> str:
     """Return the known borrowers and for how many seconds they borrow, the longest first."""
-    known = [entry for entry in inventory.borrowed() if entry.stack]
-    known.sort(key=lambda entry: entry.taken)
-    found = [
-        f"{entry.borrower} at {entry.stack[-1]} for {now - entry.taken:.1f} s"
-        for entry in known[:_MOST]
+    # Each stack is read once, since another thread may end the loan meanwhile.
+    known = [
+        (entry.taken, f"{entry.borrower} at {site} for {now - entry.taken:.1f} s")
+        for entry in inventory.borrowed()
+        for site in entry.stack[-1:]
     ]
+    known.sort()
+    found = [text for _, text in known[:_MOST]]
     return ", ".join(found) + (", ..." if len(known) > _MOST else "")
 
 

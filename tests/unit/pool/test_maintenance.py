@@ -1128,6 +1128,15 @@ class TestTime(Virtual):
             assert len(leaks()) == 2
             pool.release(connection)
 
+    async def test_the_stack_of_a_borrower_is_kept_for_the_length_of_the_loan(
+        self, backend: Backend
+    ) -> None:
+        async with backend.pool(max_size=1, leak_timeout=1000) as pool:
+            async with pool.connection():
+                (entry,) = pool._in_use.values()
+                assert entry.stack
+            assert entry.stack == []
+
     async def test_without_leak_timeout_nothing_is_reported(
         self, backend: Backend, caplog: pytest.LogCaptureFixture
     ) -> None:
